@@ -1,0 +1,88 @@
+"""S4: the diagonal-plus-low-rank state space, from parameters to a discrete system.
+
+The full state is [x, conj(x)] with A = diag([Lambda, conj(Lambda)]) - [P, conj(P)] [P, conj(P)]^*. On the stored half x
+this is linear over the reals, A x = Lambda x - P 2 Re(P^* x), so here it is an ordinary real N x N matrix that acts on
+[Re x, Im x]: half the size of the complex matrix, and no complex product on the way to the engine.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from s4audio.ssm.diagonal import check_gap
+from s4audio.ssm.discretize import DENSE, check_discretization
+
+
+class DPLRSystem(NamedTuple):
+    """[Re x, Im x]_k = A_bar [Re x, Im x]_{k-1} + B_bar u_k, y_k = 2 Re(C x_k), one channel a row."""
+
+    A_bar: Tensor  # (H, N, N) float64
+    B_bar: Tensor  # (H, N) float64
+    C: Tensor  # (H, N/2) complex
+    Lambda: Tensor  # (H, N/2) complex: the parameters, for the Cauchy kernel and for gaps
+    P: Tensor  # (H, N/2) complex
+    B: Tensor  # (H, N/2) complex
+    dt: Tensor  # (H, 1) float64, times rate
+    alpha: float | None  # of the bilinear family; None for the exponential schemes
+    gap: Tensor | None = None  # (L,) or (batch, L): the interval before each sample, for a time-varying system
+
+
+def dplr_system(
+    A: Tensor,
+    P: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt: Tensor,
+    discretization: str = "bilinear",
+    rate: float = 1.0,
+    alpha: float = 0.5,
+    gap: float | Tensor = 1.0,
+) -> DPLRSystem:
+    """Discretizes a diagonal-plus-low-rank system in float64; gradients reach all five tensors.
+
+    Args:
+        A: (H, N/2) complex: the diagonal Lambda of the half whose conjugate is implied.
+        P: (H, N/2) complex, the low-rank term: A_full = diag(Lambda) - P P^*.
+        B: (H, N/2) complex.
+        C: (H, N/2) complex. The output is 2 Re(C x).
+        dt: (H, 1) or (H,) step size.
+        discretization: one of DISCRETIZATIONS.
+        rate: training sample rate / target sample rate; multiplies dt.
+        alpha: of the generalized bilinear transform, in [0.5, 1].
+        gap: of `async` only: the interval before each sample in units of dt; a number, or (L,) or (batch, L).
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown scheme, alpha or gap that the scheme cannot take.
+
+    Source: Gu et al. 2022, "Efficiently modeling long sequences with structured state spaces".
+    """
+    check_discretization(discretization, alpha)
+    per_sample = check_gap(gap, discretization)
+    shapes = [tuple(p.shape) for p in (A, P, B, C)]
+    if A.dim() != 2 or any(shape[-1] != A.shape[-1] for shape in shapes):
+        raise ValueError(f"A, P, B and C must be (H, N/2) with equal N/2; got {', '.join(map(str, shapes))}.")
+    if not A.is_complex():
+        raise ValueError(f"A is {A.dtype}; a diagonal-plus-low-rank system takes complex modes, one of each conjugate pair.")
+    A, P, B = (torch.broadcast_to(p, C.shape) for p in (A, P, B))
+    dt = dt.reshape(-1, 1).double() * rate
+    Z = dt.unsqueeze(-1) * real_matrix(A, P)
+    interval = gap if isinstance(gap, (int, float)) else 1.0
+    A_bar, B_bar = DENSE[discretization](Z, real_vector(B), dt, alpha)
+    if interval != 1.0:
+        A_bar = torch.matrix_exp(Z * interval)
+    family = {"bilinear": 0.5, "generalized_bilinear": alpha}
+    return DPLRSystem(A_bar, B_bar, C, A, P, B, dt, family.get(discretization), per_sample)
+
+
+def real_vector(v: Tensor) -> Tensor:
+    """[Re v, Im v] of (..., N/2) complex as (..., N) float64."""
+    return torch.cat([v.real, v.imag], dim=-1).double()
+
+
+def real_matrix(Lambda: Tensor, P: Tensor) -> Tensor:
+    """The real (H, N, N) float64 matrix of x -> Lambda x - P 2 Re(P^* x), acting on [Re x, Im x]."""
+    re, im = torch.diag_embed(Lambda.real.double()), torch.diag_embed(Lambda.imag.double())
+    rotation = torch.cat([torch.cat([re, -im], dim=-1), torch.cat([im, re], dim=-1)], dim=-2)
+    p = real_vector(P)
+    return rotation - 2 * p.unsqueeze(-1) * p.unsqueeze(-2)

@@ -1,0 +1,119 @@
+"""Which implementation runs: `run`, `kernel` and `step` on a discrete system, by the backend in force."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from s4audio.ssm import chunk, reference
+from s4audio.ssm.diagonal import DiagonalSystem
+from s4audio.ssm.dplr import DPLRSystem
+
+System = DiagonalSystem | DPLRSystem
+BACKENDS = ("auto", "reference", "chunk")
+
+_backend: ContextVar[str] = ContextVar("s4audio_backend", default="auto")
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run state spaces by `reference` (sample by sample), `chunk` (the engine) or `auto` (the fastest; the default).
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend is {name!r}; choose one of {', '.join(BACKENDS)}.")
+    token = _backend.set(name)
+    try:
+        yield
+    finally:
+        _backend.reset(token)
+
+
+def run(system: System, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The system's output and final state, without the D term.
+
+    Args:
+        u: (batch, H, L) real input, any L. The arithmetic is float32, or float64 if u is.
+        state: (batch, H, N/2) complex, or (batch, H, N) real for real modes; zero if None.
+
+    Returns:
+        y (batch, H, L) in u's dtype, and the state after the last sample.
+
+    Raises:
+        ValueError: u or state has the wrong shape or kind, or the system has one gap per sample and not L of them.
+    """
+    _check_input(system, u)
+    with torch.autocast(u.device.type, enabled=False):
+        working = u if u.dtype == torch.float64 else u.float()
+        x = _to_real(system, state, working)
+        if system.gap is not None and system.gap.shape[-1] != u.shape[-1]:
+            raise ValueError(f"the system has {system.gap.shape[-1]} intervals and u has {u.shape[-1]} samples.")
+        implementation = reference if _backend.get() == "reference" else chunk
+        y, x = implementation.run(system, working, x)
+        return y.to(u.dtype), _to_state(system, x)
+
+
+def step(system: System, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One sample by the recurrence: y (batch, H, 1) and the next state from u (batch, H, 1) and a state as in `run`."""
+    _check_input(system, u)
+    with torch.autocast(u.device.type, enabled=False):
+        working = u if u.dtype == torch.float64 else u.float()
+        y, x = reference.step(system, working[..., 0], _to_real(system, state, working))
+        return y.unsqueeze(-1).to(u.dtype), _to_state(system, x)
+
+
+def kernel(system: System, length: int) -> Tensor:
+    """The SSM kernel K_l = 2 Re(C A_bar^l B_bar) for l < length, (H, L), in the parameters' precision.
+
+    Raises:
+        ValueError: length is below 1, or the system varies in time and so has no kernel.
+    """
+    if length < 1:
+        raise ValueError(f"length is {length}; a kernel has at least one tap.")
+    if system.gap is not None:
+        raise ValueError("a system with one gap per sample varies in time and has no kernel; use run.")
+    if _backend.get() != "reference":
+        impulse = torch.zeros(1, system.C.shape[0], length, dtype=system.C.real.dtype, device=system.C.device)
+        impulse[..., 0] = 1
+        return run(system, impulse)[0][0]
+    if isinstance(system, DiagonalSystem):
+        return reference.vandermonde_kernel(system, length)
+    K = reference.dense_kernel(system, length) if system.alpha is None else reference.cauchy_kernel(system, length)
+    return K.to(system.C.real.dtype)
+
+
+def zero_state(system: System, batch_size: int, dtype: torch.dtype) -> Tensor:
+    """The state before the first sample, for inputs of the real `dtype`."""
+    kind = dtype.to_complex() if system.C.is_complex() else dtype
+    return torch.zeros(batch_size, *system.C.shape, dtype=kind, device=system.C.device)
+
+
+def _check_input(system: System, u: Tensor) -> None:
+    if u.dim() != 3 or u.shape[1] != system.C.shape[0]:
+        raise ValueError(f"u has shape {tuple(u.shape)}; wanted (batch, {system.C.shape[0]}, length).")
+    if not u.is_floating_point():
+        raise ValueError(f"u is {u.dtype}; wanted a real floating-point tensor.")
+
+
+def _to_real(system: System, state: Tensor | None, u: Tensor) -> Tensor:
+    """The engine's state (H, batch, S) in u's dtype: [Re x, Im x], or x itself for real modes."""
+    if state is None:
+        state = zero_state(system, u.shape[0], u.dtype)
+    wanted = (u.shape[0], *system.C.shape)
+    if tuple(state.shape) != wanted or state.is_complex() != system.C.is_complex():
+        kind = "complex" if system.C.is_complex() else "real"
+        raise ValueError(f"state is {state.dtype} {tuple(state.shape)}; wanted a {kind} tensor of shape {wanted}.")
+    x = state.transpose(0, 1)
+    if state.is_complex():
+        x = torch.cat([x.real, x.imag], dim=-1)
+    return x.to(u.dtype)
+
+
+def _to_state(system: System, x: Tensor) -> Tensor:
+    if system.C.is_complex():
+        x = torch.complex(*x.chunk(2, dim=-1))
+    return x.transpose(0, 1)
