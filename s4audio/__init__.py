@@ -1,0 +1,10 @@
+"""s4audio: audio generation on structured state spaces."""
+
+from s4audio.checkpoint import load, save
+from s4audio.layers import S4, S4D
+from s4audio.models import CausalAutoencoder, S4DAutoencoder, S4Model
+from s4audio.ssm import backend
+
+__version__ = "0.1.0"
+
+__all__ = ["S4", "S4D", "CausalAutoencoder", "S4DAutoencoder", "S4Model", "backend", "load", "save"]

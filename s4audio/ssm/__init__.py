@@ -13,8 +13,8 @@
 | T, M, S      |                    | samples in a chunk, chunks, real size of the state                              |
 """
 
-from s4audio.ssm.diagonal import DiagonalSystem, diagonal_system
-from s4audio.ssm.discretize import DISCRETIZATIONS
+from s4audio.ssm.diagonal import DiagonalSystem, check_gap, diagonal_system
+from s4audio.ssm.discretize import DISCRETIZATIONS, check_discretization
 from s4audio.ssm.dplr import DPLRSystem, dplr_system
 from s4audio.ssm.init import INITS, initial_system
 from s4audio.ssm.ops import BACKENDS, System, backend, kernel, run, step, zero_state
@@ -27,6 +27,8 @@ __all__ = [
     "DiagonalSystem",
     "System",
     "backend",
+    "check_discretization",
+    "check_gap",
     "diagonal_system",
     "dplr_system",
     "initial_system",

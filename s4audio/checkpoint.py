@@ -1,0 +1,106 @@
+"""A model on disk: a folder with config.json (the class and its arguments) and model.safetensors (the weights).
+
+Loading builds a class of this package from a list below and fills in numbers; nothing in the folder is executed.
+"""
+
+import inspect
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from s4audio.models import CausalAutoencoder, S4DAutoencoder, S4Model
+
+MODELS: dict[str, type[nn.Module]] = {model.__name__: model for model in (CausalAutoencoder, S4DAutoencoder, S4Model)}
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+class CheckpointError(ValueError):
+    """A model folder that cannot be used; the message says why and what to do."""
+
+
+def save(model: nn.Module, path: str | Path, training: dict[str, Any] | None = None) -> None:
+    """Writes the model folder, whole or not at all; an older one at the same place is replaced.
+
+    Args:
+        model: one of MODELS. Every constructor argument must stand as an attribute of the same name.
+        path: the folder.
+        training: what the model was trained on and how, in JSON's types; kept in config.json for people and for `generate`.
+
+    Raises:
+        CheckpointError: the model is none of MODELS.
+    """
+    name = type(model).__name__
+    if name not in MODELS:
+        raise CheckpointError(f"{name} is not a model that can be saved; known are {', '.join(MODELS)}.")
+    arguments = {argument: getattr(model, argument) for argument in _signature(name)}
+    config = {"class": name, "arguments": arguments, "training": training or {}}
+    path = Path(path).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        save_file({key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}, temporary / WEIGHTS)
+        temporary.chmod(0o755)
+        if path.is_dir():
+            outgoing = temporary.with_name(temporary.name + ".old")
+            os.replace(path, outgoing)
+            os.replace(temporary, path)
+            shutil.rmtree(outgoing)
+        else:
+            os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
+    """The model in a folder written by `save`, ready to use (in eval mode).
+
+    Raises:
+        CheckpointError: the folder or a file is missing or damaged, the class is unknown, or the weights do not fit.
+    """
+    path, config = Path(path), read_config(path)
+    try:
+        model = MODELS[config["class"]](**config["arguments"])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path / CONFIG}: the arguments do not fit {config['class']} ({error}).") from error
+    try:
+        weights = load_file(path / WEIGHTS)
+        model.load_state_dict(weights)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path / WEIGHTS} is missing or damaged ({error}).") from error
+    except RuntimeError as error:
+        raise CheckpointError(f"{path / WEIGHTS} does not fit {config['class']}: {str(error).splitlines()[-1].strip()}") from error
+    return model.to(device).eval()
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """config.json of a model folder, checked: `class`, `arguments` and `training`.
+
+    Raises:
+        CheckpointError: it is missing, is not JSON of that form, or names an unknown class or argument.
+    """
+    path = Path(path)
+    if not (path / CONFIG).is_file():
+        raise CheckpointError(f"{path} is not a model: it has no {CONFIG}. A training run keeps its models in RUN/best and RUN/last.")
+    try:
+        config = json.loads((path / CONFIG).read_text())
+        name, arguments = config["class"], config["arguments"]
+        unknown = [argument for argument in arguments if argument not in _signature(name)]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / CONFIG} is damaged or from another program ({error!r}).") from error
+    if unknown:
+        raise CheckpointError(f"{path / CONFIG}: {name} has no argument {unknown[0]!r}.")
+    return {"class": name, "arguments": arguments, "training": config.get("training", {})}
+
+
+def _signature(name: str) -> list[str]:
+    return [argument for argument in inspect.signature(MODELS[name].__init__).parameters if argument != "self"]

@@ -1,0 +1,145 @@
+"""Composition: modules in a row (`Chain`) and around a shortcut (`Residual`), which stream if their parts do.
+
+A module streams if it has `initial_state(batch_size)`, `stream(u, state)` and, optionally, `step(u, state)`; or if it acts
+on every sample alone (POINTWISE). Everything is (batch, channels, length).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from s4audio.layers.s4 import S4D
+
+
+class ChannelNorm(nn.Module):
+    """Layer normalization over the channels of each sample, so that no sample hears another.
+
+    Source: Ba et al. 2016, "Layer normalization".
+    """
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_channels))
+        self.bias = nn.Parameter(torch.zeros(num_channels))
+
+    def forward(self, u: Tensor) -> Tensor:
+        """(B, C, L) -> (B, C, L)"""
+        variance, mean = torch.var_mean(u, dim=1, correction=0, keepdim=True)
+        return (u - mean) * torch.rsqrt(variance + 1e-5) * self.weight.unsqueeze(-1) + self.bias.unsqueeze(-1)
+
+
+POINTWISE = (ChannelNorm, nn.GELU, nn.GLU, nn.Dropout, nn.Identity)
+
+
+class Chain(nn.Sequential):
+    """nn.Sequential that can also stream; its state is the tuple of its modules' states (None for pointwise ones)."""
+
+    def initial_state(self, batch_size: int) -> tuple:
+        """The state before the first sample."""
+        return tuple(module.initial_state(batch_size) if _streams(self, module) else None for module in self)
+
+    def stream(self, u: Tensor, state: tuple) -> tuple[Tensor, tuple]:
+        """A block of any length, zero included, through every module."""
+        after = []
+        for module, before in zip(self, state, strict=True):
+            if _streams(self, module):
+                u, before = module.stream(u, before)
+            else:
+                u = _pointwise(module, u)
+            after.append(before)
+        return u, tuple(after)
+
+    def step(self, u: Tensor, state: tuple) -> tuple[Tensor, tuple]:
+        """One sample; every module that sees one sample and has a recurrence of its own uses that."""
+        after = []
+        for module, before in zip(self, state, strict=True):
+            if not _streams(self, module):
+                u = _pointwise(module, u)
+            elif hasattr(module, "step") and u.shape[-1] == 1:
+                u, before = module.step(u, before)
+            else:
+                u, before = module.stream(u, before)
+            after.append(before)
+        return u, tuple(after)
+
+
+class Residual(nn.Module):
+    """u + inner(u), for an inner module that keeps the shape."""
+
+    def __init__(self, *inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = Chain(*inner)
+
+    def forward(self, u: Tensor) -> Tensor:
+        """(B, C, L) -> (B, C, L)"""
+        return u + self.inner(u)
+
+    def initial_state(self, batch_size: int) -> tuple:
+        """The inner module's state before the first sample."""
+        return self.inner.initial_state(batch_size)
+
+    def stream(self, u: Tensor, state: tuple) -> tuple[Tensor, tuple]:
+        """A block of any length."""
+        y, state = self.inner.stream(u, state)
+        return u + y, state
+
+    def step(self, u: Tensor, state: tuple) -> tuple[Tensor, tuple]:
+        """One sample."""
+        y, state = self.inner.step(u, state)
+        return u + y, state
+
+
+class FeedForward(Residual):
+    """Norm -> Linear to `expand` times the channels -> GELU -> Linear back, around a shortcut; samples do not mix."""
+
+    def __init__(self, d_model: int, expand: int = 2, dropout: float = 0.0) -> None:
+        wide = expand * d_model
+        super().__init__(
+            ChannelNorm(d_model), nn.Conv1d(d_model, wide, 1), nn.GELU(), nn.Dropout(dropout), nn.Conv1d(wide, d_model, 1)
+        )
+
+
+class S4Block(Residual):
+    """Norm -> state space -> GELU -> dropout -> Linear -> norm, around a shortcut; without `mix`, the first three only.
+
+    Args:
+        ssm: the state-space layer, S4D or S4.
+        dropout: probability.
+        mix: whether a Linear mixes the channels, followed by a second norm. Reference system 5 does, system 1 does not.
+
+    Source: reference systems 1 and 5; Gu et al. 2022, "Efficiently modeling long sequences with structured state spaces".
+    """
+
+    def __init__(self, ssm: S4D, dropout: float = 0.0, mix: bool = True) -> None:
+        width = ssm.d_model
+        mixing = [nn.Dropout(dropout), nn.Conv1d(width, width, 1), ChannelNorm(width)] if mix else []
+        super().__init__(ChannelNorm(width), ssm, nn.GELU(), *mixing)
+
+
+class GatedBlock(Residual):
+    """Norm -> S4D -> GELU -> Linear -> GLU, around a shortcut: the block of the audio models.
+
+    Source: Gu et al. 2022, "On the parameterization and initialization of diagonal state space models" (the GLU mixing).
+    """
+
+    def __init__(self, ssm: S4D) -> None:
+        width = ssm.d_model
+        super().__init__(ChannelNorm(width), ssm, nn.GELU(), nn.Conv1d(width, 2 * width, 1), nn.GLU(dim=1))
+
+
+def _pointwise(module: nn.Module, u: Tensor) -> Tensor:
+    """module(u), also for a length of zero, which torch's convolutions refuse."""
+    return module(u) if u.shape[-1] else module(u.new_zeros(*u.shape[:-1], 1))[..., :0]
+
+
+def _streams(chain: nn.Module, module: nn.Module) -> bool:
+    """Whether the module carries a state; False if it acts on every sample alone.
+
+    Raises:
+        RuntimeError: it does neither.
+    """
+    if hasattr(module, "stream"):
+        return True
+    if isinstance(module, POINTWISE) or (isinstance(module, nn.Conv1d) and module.kernel_size == module.stride == (1,)):
+        return False
+    name = next(name for name, child in chain.named_children() if child is module)
+    raise RuntimeError(f"module {name} of the chain, {module}, mixes samples and has no state to carry; it cannot stream.")

@@ -1,0 +1,179 @@
+"""S4D and S4: state-space layers that train as a convolution and stream the same weights, sample by sample if need be."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from s4audio import ssm
+
+
+class S4State(NamedTuple):
+    """What a state-space layer remembers between blocks."""
+
+    x: Tensor  # (B, H, N/2) complex
+
+
+class S4D(nn.Module):
+    """Diagonal state-space layer with a skip term.
+
+    Args:
+        d_model: channels, H.
+        d_state: real size of each channel's state, N; N/2 conjugate pairs.
+        init: one of ssm.INITS.
+        discretization: one of ssm.DISCRETIZATIONS.
+        alpha: of the generalized bilinear transform, in [0.5, 1].
+        gap: of async: the interval between samples, in units of dt.
+        dt_min: smallest step size at initialization; the sizes are log-uniform.
+        dt_max: largest step size at initialization.
+        bidirectional: adds a second state space that runs backwards in time; then the layer cannot stream.
+        rate: training sample rate / target sample rate, to run trained weights at another rate.
+
+    Raises:
+        ValueError: an argument outside its range.
+
+    Every channel has a state space of its own; channels do not mix. The parameters log_dt, log_A_real, A_imag and B want a
+    small learning rate and no weight decay: tasks/optim.py sees to it.
+
+    Source: Gu et al. 2022, "On the parameterization and initialization of diagonal state space models".
+
+    Example:
+        >>> layer = S4D(d_model=2)
+        >>> layer(torch.zeros(1, 2, 1000)).shape
+        torch.Size([1, 2, 1000])
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 64,
+        *,
+        init: str = "lin",
+        discretization: str = "zoh",
+        alpha: float = 0.5,
+        gap: float = 1.0,
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+        bidirectional: bool = False,
+        rate: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if d_model < 1:
+            raise ValueError(f"d_model is {d_model}; a layer has at least one channel.")
+        if not 0 < dt_min <= dt_max:
+            raise ValueError(f"dt_min is {dt_min} and dt_max {dt_max}; wanted 0 < dt_min <= dt_max.")
+        ssm.check_discretization(discretization, alpha)
+        ssm.check_gap(gap, discretization)
+        self.d_model, self.d_state, self.bidirectional = d_model, d_state, bidirectional
+        self.discretization, self.alpha, self.gap, self.rate = discretization, alpha, gap, rate
+        A, B, _ = ssm.initial_system(init, d_state)
+        # Undamped modes (FouT) keep a little damping, so that -Re A has a logarithm and A an inverse.
+        self.log_A_real = nn.Parameter(torch.log((-A.real).clamp_min(1e-4)).float().repeat(d_model, 1))  # (H, N/2)
+        self.A_imag = nn.Parameter(A.imag.float().repeat(d_model, 1))
+        self.log_dt = nn.Parameter(torch.rand(d_model) * math.log(dt_max / dt_min) + math.log(dt_min))
+        # Complex parameters are stored as (..., 2) real numbers: optimizers, autocast and safetensors want those.
+        self.B = nn.Parameter(torch.view_as_real(B.to(torch.complex64).repeat(d_model, 1)))
+        directions = 2 if bidirectional else 1
+        self.C = nn.Parameter(torch.view_as_real(torch.randn(directions * d_model, d_state // 2, dtype=torch.complex64)))
+        self.D = nn.Parameter(torch.randn(d_model))
+
+    def A(self) -> Tensor:
+        """(H, N/2) complex; the real part is negative whatever the parameters."""
+        return torch.complex(-torch.exp(self.log_A_real), self.A_imag)
+
+    def system(self, rate: float | None = None) -> ssm.System:
+        """The discrete system at `rate` (None: the layer's); the only place that discretizes.
+
+        Of a bidirectional layer it has 2 H channels: forward in time, then backward, sharing all but C.
+        """
+        A, B, dt = self._per_direction(self.A(), torch.view_as_complex(self.B), self.log_dt.exp())
+        return ssm.diagonal_system(
+            A, B, torch.view_as_complex(self.C), dt, self.discretization,
+            rate=self.rate if rate is None else rate, alpha=self.alpha, gap=self.gap,
+        )  # fmt: skip
+
+    def forward(self, u: Tensor) -> Tensor:
+        """(B, H, L) -> (B, H, L)"""
+        system = self.system()
+        both = torch.cat([u, u.flip(-1)], dim=1) if self.bidirectional else u
+        y, _ = ssm.run(system, both)
+        if self.bidirectional:
+            ahead, back = y.chunk(2, dim=1)
+            y = ahead + back.flip(-1)
+        return self._skip(y, u)
+
+    def initial_state(self, batch_size: int) -> S4State:
+        """The state before the first sample: silence."""
+        self._refuse_if_bidirectional()
+        return S4State(ssm.zero_state(self.system(), batch_size, self.D.dtype))
+
+    def stream(self, u: Tensor, state: S4State) -> tuple[Tensor, S4State]:
+        """A block of any length: (B, H, L) and the state before it -> (B, H, L) and the state after it."""
+        self._refuse_if_bidirectional()
+        y, x = ssm.run(self.system(), u, state.x)
+        return self._skip(y, u), S4State(x)
+
+    def step(self, u: Tensor, state: S4State) -> tuple[Tensor, S4State]:
+        """One sample by the recurrence: (B, H, 1) -> (B, H, 1)"""
+        self._refuse_if_bidirectional()
+        y, x = ssm.step(self.system(), u, state.x)
+        return self._skip(y, u), S4State(x)
+
+    def extra_repr(self) -> str:
+        direction = ", bidirectional" if self.bidirectional else ""
+        return f"{self.d_model}, d_state={self.d_state}, {self.discretization}{direction}"
+
+    def _skip(self, y: Tensor, u: Tensor) -> Tensor:
+        return torch.addcmul(y, u, self.D.to(y.dtype).unsqueeze(-1))
+
+    def _refuse_if_bidirectional(self) -> None:
+        if self.bidirectional:
+            raise RuntimeError(
+                f"{type(self).__name__}({self.extra_repr()}) hears the future and cannot stream; "
+                "build it with bidirectional=False."
+            )
+
+    def _per_direction(self, *parameters: Tensor) -> list[Tensor]:
+        return [torch.cat([p, p]) if self.bidirectional else p for p in parameters]
+
+
+class S4(S4D):
+    """Diagonal-plus-low-rank state-space layer with a skip term: S4D and a low-rank P, which also wants a small learning rate.
+
+    Args: as S4D, but `init` must be one that has a low-rank term: legs or fout.
+
+    Source: Gu et al. 2022, "Efficiently modeling long sequences with structured state spaces".
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 64,
+        *,
+        init: str = "legs",
+        discretization: str = "bilinear",
+        alpha: float = 0.5,
+        gap: float = 1.0,
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+        bidirectional: bool = False,
+        rate: float = 1.0,
+    ) -> None:
+        super().__init__(
+            d_model, d_state, init=init, discretization=discretization, alpha=alpha, gap=gap,
+            dt_min=dt_min, dt_max=dt_max, bidirectional=bidirectional, rate=rate,
+        )  # fmt: skip
+        P = ssm.initial_system(init, d_state)[2]
+        if P is None:
+            raise ValueError(f"init is {init!r}, which has no low-rank term; S4 takes legs or fout. For {init} use S4D.")
+        self.P = nn.Parameter(torch.view_as_real(P.to(torch.complex64).repeat(d_model, 1)))
+
+    def system(self, rate: float | None = None) -> ssm.System:
+        A, P, B, dt = self._per_direction(
+            self.A(), torch.view_as_complex(self.P), torch.view_as_complex(self.B), self.log_dt.exp()
+        )
+        return ssm.dplr_system(
+            A, P, B, torch.view_as_complex(self.C), dt, self.discretization,
+            rate=self.rate if rate is None else rate, alpha=self.alpha, gap=self.gap,
+        )  # fmt: skip

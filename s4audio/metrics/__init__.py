@@ -1,0 +1,1 @@
+"""Scores of audio; they know no model."""

@@ -1,0 +1,298 @@
+"""Autoencoders of raw waveforms made of S4D layers.
+
+* `S4DAutoencoder`: reference system 4, three small layers around a factor of two in time. Its norms run over the whole
+  clip, so it cannot stream.
+* `CausalAutoencoder`: stages of S4D blocks with any strides; what it learned as a convolution it streams in blocks.
+
+Both are (batch, channels, samples) in and out, for every length, with `encode` and `decode` in between.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from s4audio.layers import S4D, CausalConv1d, CausalConvTranspose1d, Chain, ChannelNorm, GatedBlock
+from s4audio.losses import LOSSES
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+def noise(shape: Sequence[int], generator: Generators) -> Tensor:
+    """Standard normal numbers of a shape whose first entry is the batch, on the CPU.
+
+    With one generator per clip, the noise of a clip depends on its own generator alone, not on its place in a batch.
+    """
+    if isinstance(generator, Sequence):
+        return torch.stack([torch.randn(tuple(shape[1:]), generator=one) for one in generator])
+    return torch.randn(tuple(shape), generator=generator)
+
+
+class WaveformAutoencoder(nn.Module):
+    """What a generator offers, from `encode` and `decode`; they are the two autoencoders' own."""
+
+    sample_rate: int
+    channels: int
+    hop_length: int
+    losses: Sequence[str]
+
+    def encode(self, audio: Tensor) -> Tensor:
+        """(B, channels, T) -> latent (B, D, ceil(T / hop_length))"""
+        raise NotImplementedError
+
+    def decode(self, latent: Tensor, num_samples: int | None = None) -> Tensor:
+        """Latent (B, D, F) -> (B, channels, F hop_length), cut to num_samples if that is given."""
+        raise NotImplementedError
+
+    def forward(self, audio: Tensor) -> Tensor:
+        """(B, channels, T) -> (B, channels, T)"""
+        return self.decode(self.encode(audio), audio.shape[-1])
+
+    def training_losses(self, audio: Tensor, label: Tensor | None = None) -> dict[str, Tensor]:
+        """The reconstruction losses named at construction; a label changes nothing."""
+        estimate = self(audio)
+        return {name: LOSSES[name](estimate, audio) for name in self.losses}
+
+    def vary(self, audio: Tensor, strength: float, generator: Generators = None) -> Tensor:
+        """The clips again with noise mixed into the latent.
+
+        Args:
+            audio: (B, channels, T).
+            strength: 0 reconstructs; s keeps sqrt(1 - s^2) of the latent's deviation from its mean and adds noise of s times
+                its size, channel by channel, so that the size stays; 1 keeps only the mean.
+            generator: one, or one per clip.
+
+        Raises:
+            ValueError: strength is outside [0, 1].
+        """
+        if not 0 <= strength <= 1:
+            raise ValueError(f"the variation is {strength}; wanted 0 (reconstruction) to 1 (only noise).")
+        latent = self.encode(audio)
+        if strength == 0:
+            return self.decode(latent, audio.shape[-1])
+        spread, mean = torch.std_mean(latent, dim=-1, correction=0, keepdim=True)
+        fresh = noise(latent.shape, generator).to(latent) * spread
+        return self.decode(mean + (1 - strength**2) ** 0.5 * (latent - mean) + strength * fresh, audio.shape[-1])
+
+
+class _ClipNorm(nn.Module):
+    """Normalizes each channel over the whole clip, then scales and shifts it; the reference's norm, at any length."""
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_channels))
+        self.bias = nn.Parameter(torch.zeros(num_channels))
+
+    def forward(self, u: Tensor) -> Tensor:
+        return F.layer_norm(u, u.shape[-1:]) * self.weight.unsqueeze(-1) + self.bias.unsqueeze(-1)
+
+
+class S4DAutoencoder(WaveformAutoencoder):
+    """Reference system 4, for any length and sample rate.
+
+    norm -> S4D -> Conv(1 -> 2, stride 2) -> norm -> S4D -> GELU | norm -> ConvTranspose(2 -> 1, stride 2) -> norm -> the
+    first S4D again -> GELU, with `|` where the latent is. The norms run over the whole clip: it cannot stream.
+
+    Args:
+        sample_rate: of the audio it is trained on, in Hz.
+        d_state: real state size of each channel. The original found more than 20 unstable.
+        final_gelu: keep the original's last GELU. It cannot go below -0.17, so the negative half of a louder wave is lost;
+            False leaves it out.
+        channels: of the audio.
+        losses: names of LOSSES; the original's is mse.
+        discretization: one of ssm.DISCRETIZATIONS.
+        init: one of ssm.INITS.
+
+    Raises:
+        ValueError: an unknown loss, or what S4D refuses.
+
+    Source: reference system 4.
+    """
+
+    def __init__(
+        self,
+        sample_rate: int,
+        d_state: int = 10,
+        *,
+        final_gelu: bool = True,
+        channels: int = 1,
+        losses: Sequence[str] = ("mse",),
+        discretization: str = "zoh",
+        init: str = "lin",
+    ) -> None:
+        super().__init__()
+        _check_losses(losses)
+        self.sample_rate, self.d_state, self.final_gelu, self.channels = sample_rate, d_state, final_gelu, channels
+        self.losses, self.discretization, self.init = tuple(losses), discretization, init
+        self.hop_length, self.latent_channels = 2, 2 * channels
+        self.norm_in = _ClipNorm(channels)
+        self.outer = S4D(channels, d_state, init=init, discretization=discretization)
+        self.down = nn.Conv1d(channels, 2 * channels, 2, stride=2)
+        self.norm_down = _ClipNorm(2 * channels)
+        self.inner = S4D(2 * channels, d_state, init=init, discretization=discretization)
+        self.norm_latent = _ClipNorm(2 * channels)
+        self.up = nn.ConvTranspose1d(2 * channels, channels, 2, stride=2)
+        self.norm_out = _ClipNorm(channels)
+
+    def encode(self, audio: Tensor) -> Tensor:
+        """(B, channels, T) -> latent (B, 2 channels, ceil(T / 2))"""
+        x = self.outer(self.norm_in(audio))
+        x = self.down(F.pad(x, (0, x.shape[-1] % 2)))
+        return F.gelu(self.inner(self.norm_down(x)))
+
+    def decode(self, latent: Tensor, num_samples: int | None = None) -> Tensor:
+        """Latent (B, 2 channels, F) -> (B, channels, 2 F), cut to num_samples if that is given."""
+        x = self.up(self.norm_latent(latent))[..., :num_samples]
+        x = self.outer(self.norm_out(x))
+        return F.gelu(x) if self.final_gelu else x
+
+    @torch.no_grad()
+    def sample(
+        self, batch_size: int, num_samples: int, *, label: Tensor | None = None, generator: Generators = None
+    ) -> Tensor:
+        """(B, channels, num_samples) from white noise in place of the audio, as the original generates."""
+        return self(noise((batch_size, self.channels, num_samples), generator).to(self.outer.D))
+
+    def initial_state(self, batch_size: int) -> tuple:
+        """Refuses: the norms need the whole clip."""
+        raise RuntimeError(
+            "S4DAutoencoder normalizes over the whole clip, so it hears the future and cannot stream; "
+            "use CausalAutoencoder for streaming."
+        )
+
+
+class AutoencoderState(NamedTuple):
+    """What a causal autoencoder remembers between blocks."""
+
+    encoder: tuple
+    decoder: tuple
+
+
+class CausalAutoencoder(WaveformAutoencoder):
+    """Causal S4D autoencoder: a stem, stages of gated S4D blocks between strided convolutions, and the mirror image back.
+
+    Frame j of the latent has heard the samples up to (j + 1) hop_length - 1 and sample t of the output the frames up to
+    t // hop_length: streaming is delayed by hop_length - 1 samples at most, and no sample hears beyond its own frame.
+
+    Args:
+        sample_rate: of the audio it is trained on, in Hz.
+        strides: downsampling factors, outermost first; hop_length is their product.
+        widths: channels of each stage, outermost first; one more than strides.
+        latent_channels: D; the latent holds D * sample_rate / hop_length numbers a second.
+        num_blocks: S4D blocks in each stage, in the encoder and again in the decoder.
+        d_state: real state size of each channel.
+        channels: of the audio.
+        losses: names of LOSSES.
+        discretization: one of ssm.DISCRETIZATIONS.
+        init: one of ssm.INITS.
+        dt_min: smallest step size at initialization, in samples of the layer's own rate.
+        dt_max: largest step size at initialization.
+
+    Raises:
+        ValueError: widths and strides that do not fit, an unknown loss, or what S4D refuses.
+
+    Source: ours; strided encoders of waveforms as in Défossez et al. 2022, "High fidelity neural audio compression".
+    """
+
+    def __init__(
+        self,
+        sample_rate: int,
+        *,
+        strides: Sequence[int] = (2, 4, 4),
+        widths: Sequence[int] = (16, 32, 64, 64),
+        latent_channels: int = 16,
+        num_blocks: int = 1,
+        d_state: int = 64,
+        channels: int = 1,
+        losses: Sequence[str] = ("l1", "stft"),
+        discretization: str = "zoh",
+        init: str = "lin",
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+    ) -> None:
+        super().__init__()
+        _check_losses(losses)
+        if len(widths) != len(strides) + 1:
+            raise ValueError(f"widths has {len(widths)} entries and strides {len(strides)}; wanted one width more than strides.")
+        self.sample_rate, self.strides, self.widths = sample_rate, tuple(strides), tuple(widths)
+        self.latent_channels, self.num_blocks, self.d_state, self.channels = latent_channels, num_blocks, d_state, channels
+        self.losses, self.discretization, self.init = tuple(losses), discretization, init
+        self.dt_min, self.dt_max = dt_min, dt_max
+        self.hop_length = 1
+        for stride in strides:
+            self.hop_length *= stride
+
+        def blocks(width: int) -> list[nn.Module]:
+            return [
+                GatedBlock(S4D(width, d_state, init=init, discretization=discretization, dt_min=dt_min, dt_max=dt_max))
+                for _ in range(num_blocks)
+            ]
+
+        encoder: list[nn.Module] = [CausalConv1d(channels, widths[0], 7)]
+        for stride, width, wider in zip(strides, widths, widths[1:], strict=False):
+            encoder += [*blocks(width), CausalConv1d(width, wider, 2 * stride, stride)]
+        self.encoder = Chain(*encoder, *blocks(widths[-1]), nn.Conv1d(widths[-1], latent_channels, 1))
+        decoder: list[nn.Module] = [nn.Conv1d(latent_channels, widths[-1], 1), *blocks(widths[-1])]
+        for stride, width, wider in zip(strides[::-1], widths[-2::-1], widths[:0:-1], strict=False):
+            decoder += [CausalConvTranspose1d(wider, width, 2 * stride, stride), *blocks(width)]
+        self.decoder = Chain(*decoder, ChannelNorm(widths[0]), CausalConv1d(widths[0], channels, 7))
+        self.latent_mean: Tensor
+        self.latent_std: Tensor
+        self.register_buffer("latent_mean", torch.zeros(latent_channels, 1))
+        self.register_buffer("latent_std", torch.ones(latent_channels, 1))
+
+    def encode(self, audio: Tensor) -> Tensor:
+        """(B, channels, T) -> latent (B, D, ceil(T / hop_length))"""
+        return self.encoder(F.pad(audio, (0, -audio.shape[-1] % self.hop_length)))
+
+    def decode(self, latent: Tensor, num_samples: int | None = None) -> Tensor:
+        """Latent (B, D, F) -> (B, channels, F hop_length), cut to num_samples if that is given."""
+        return self.decoder(latent)[..., :num_samples]
+
+    def training_losses(self, audio: Tensor, label: Tensor | None = None) -> dict[str, Tensor]:
+        """The reconstruction losses named at construction; also follows the latent's mean and size, for `sample`."""
+        latent = self.encode(audio)
+        if self.training:
+            with torch.no_grad():
+                std, mean = torch.std_mean(latent.float(), dim=(0, 2), correction=0)
+                self.latent_mean.lerp_(mean.unsqueeze(-1), 0.01)
+                self.latent_std.lerp_(std.unsqueeze(-1), 0.01)
+        estimate = self.decode(latent, audio.shape[-1])
+        return {name: LOSSES[name](estimate, audio) for name in self.losses}
+
+    @torch.no_grad()
+    def sample(
+        self, batch_size: int, num_samples: int, *, label: Tensor | None = None, generator: Generators = None
+    ) -> Tensor:
+        """(B, channels, num_samples) from a latent of white noise with each channel's mean and size in training."""
+        shape = (batch_size, self.latent_channels, -(-num_samples // self.hop_length))
+        latent = noise(shape, generator).to(self.latent_mean) * self.latent_std + self.latent_mean
+        return self.decode(latent, num_samples)
+
+    def initial_state(self, batch_size: int) -> AutoencoderState:
+        """The state before the first sample."""
+        return AutoencoderState(self.encoder.initial_state(batch_size), self.decoder.initial_state(batch_size))
+
+    def stream(self, audio: Tensor, state: AutoencoderState) -> tuple[Tensor, AutoencoderState]:
+        """A block of any length -> the samples of every frame that is complete.
+
+        The outputs of all blocks in a row are `forward` of the whole, less what an incomplete last frame still holds back;
+        hop_length - 1 zeros at the end bring it out.
+        """
+        latent, encoder = self.encoder.stream(audio, state.encoder)
+        audio, decoder = self.decoder.stream(latent, state.decoder)
+        return audio, AutoencoderState(encoder, decoder)
+
+    def step(self, audio: Tensor, state: AutoencoderState) -> tuple[Tensor, AutoencoderState]:
+        """One sample, through the recurrences: (B, channels, 1) -> nothing, or hop_length samples."""
+        latent, encoder = self.encoder.step(audio, state.encoder)
+        audio, decoder = self.decoder.step(latent, state.decoder)
+        return audio, AutoencoderState(encoder, decoder)
+
+
+def _check_losses(losses: Sequence[str]) -> None:
+    unknown = [name for name in losses if name not in LOSSES]
+    if unknown or not losses:
+        raise ValueError(f"losses is {list(losses)}; wanted one or more of {', '.join(LOSSES)}.")
