@@ -35,7 +35,7 @@ def magnitude(audio: Tensor, n_fft: int, hop_length: int | None = None) -> Tenso
     )
     # The square root has no gradient at zero; this floor is 100 dB under a full-scale sine in a window of 64.
     power = transform.real.square() + transform.imag.square()
-    return power.clamp_min(1e-8).sqrt().unflatten(0, audio.shape[:-1])
+    return power.clamp_min(1e-8).sqrt().reshape(*audio.shape[:-1], *power.shape[-2:])
 
 
 def multi_resolution_stft(estimate: Tensor, reference: Tensor, sizes: Sequence[int] = STFT_SIZES) -> Tensor:

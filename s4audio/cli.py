@@ -1,0 +1,228 @@
+"""The command line: the one place that parses arguments. Wrong input ends in a sentence and exit status 2."""
+
+import argparse
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from s4audio import __version__, checkpoint
+from s4audio.audio import NORMALIZATIONS, AudioError, find_audio, normalize, read_audio, write_audio
+
+USAGE = """usage: s4audio VERB ...
+
+  fit --config RECIPE.yaml      train a model; in an existing run folder, go on with that run
+  generate MODEL --from noise   make audio from noise
+  generate MODEL --from FILE    make audio from a recording, or from every recording in a folder
+
+`s4audio VERB --help` tells more. A MODEL is a folder such as runs/NAME/best."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a verb; returns the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    verbs: dict[str, Callable[[list[str]], None]] = {"fit": fit, "generate": generate}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"s4audio {__version__}")
+        return 0
+    if arguments[0] not in verbs:
+        return _fail(f"{arguments[0]!r} is not a verb; there are {' and '.join(verbs)}.")
+    try:
+        verbs[arguments[0]](arguments[1:])
+    except (ValueError, OSError) as error:  # AudioError and CheckpointError are ValueErrors
+        return _fail(str(error))
+    except RuntimeError as error:
+        print(f"s4audio: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _fail(sentence: str) -> int:
+    print(f"s4audio: {sentence}", file=sys.stderr)
+    return 2
+
+
+def fit(arguments: list[str]) -> None:
+    """Trains what a recipe says, or goes on with the run that is already in its folder."""
+    import jsonargparse
+    import lightning
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    import s4audio.data  # noqa: F401 - so that a recipe may name these classes without their module
+    import s4audio.tasks
+    from s4audio.tasks.callbacks import TRAINER_CHECKPOINT, Progress, RunFolder
+
+    class RecipeCLI(LightningCLI):
+        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            parser.add_argument("--out", type=str, required=True, help="run folder; if it holds a run already, that run goes on")
+            parser.add_argument("--save_every", type=int, default=500, help="steps between checkpoints")
+
+        def instantiate_classes(self) -> None:
+            """Adds what the run writes and shows to the trainer that the recipe describes."""
+            out = Path(self.config["out"])
+            self.config_init = self.parser.instantiate(self.config)
+            self.datamodule, self.model = self.config_init["data"], self.config_init["model"]
+            self._add_configure_optimizers_method_to_model(None)
+            data_rate, model_rate = self.datamodule.sample_rate, self.model.model.sample_rate
+            if data_rate != model_rate:
+                raise ValueError(f"the data is at {data_rate} Hz and the model at {model_rate} Hz; set both sample_rates to one value.")
+            self.datamodule.setup()
+            self.training = self.datamodule.describe()
+            self.trainer = self.instantiate_trainer(
+                logger=TensorBoardLogger(out, name="tensorboard", version=""),
+                callbacks=[Progress(data_rate), RunFolder(out, self.config["save_every"], self.training)],
+                enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, num_sanity_val_steps=0,
+                check_val_every_n_epoch=None, use_distributed_sampler=False,
+            )  # fmt: skip
+
+    # Lightning's notes on hardware, loggers and worker counts are not for the person who waits for a sound.
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")
+    try:
+        cli = RecipeCLI(
+            lightning.LightningModule, lightning.LightningDataModule, subclass_mode_model=True, subclass_mode_data=True,
+            save_config_callback=None, seed_everything_default=0, run=False, args=arguments,
+            parser_kwargs={"exit_on_error": False, "prog": "s4audio fit"},
+        )  # fmt: skip
+    except jsonargparse.ArgumentError as error:
+        raise ValueError(f"the recipe or an option is refused: {_essence(str(error))}") from error
+    out, data = Path(cli.config["out"]), cli.training
+    out.mkdir(parents=True, exist_ok=True)
+    print(
+        f"data: {data['train_files']} files ({data['train_seconds'] / 60:.1f} min) to train on, {data['valid_files']} "
+        f"({data['valid_seconds'] / 60:.1f} min) held out, {len(data['skipped'])} skipped, at {data['sample_rate']} Hz"
+    )
+    for sentence in data["skipped"]:
+        print(f"skipped: {sentence}")
+    resume = out / TRAINER_CHECKPOINT
+    if resume.exists():
+        steps = torch.load(resume, weights_only=True, map_location="cpu")["global_step"]
+        print(f"{out} holds a run of {steps} steps; going on from there to {cli.trainer.max_steps}.")
+        if 0 < cli.trainer.max_steps <= steps:
+            print("It is finished; nothing was changed. A larger --trainer.max_steps extends it.")
+            return
+    cli.parser.save(cli.config, out / "recipe.yaml", overwrite=True, skip_validation=True)
+    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=str(resume) if resume.exists() else None, weights_only=True)
+    print(f"\nmodel:    {out / 'best'} (best on the held-out clips) and {out / 'last'}")
+    print(f"curves:   tensorboard --logdir {out}")
+    print(f"generate: s4audio generate {out / 'best'} --from noise --num 4 --seconds 10 --out generated")
+
+
+def _essence(error: str) -> str:
+    """The line of jsonargparse's tree of reasons that says what is wrong, without the alternatives that failed too."""
+    lines = [line.strip(" -") for line in error.splitlines()]
+    telling = [line for line in lines if line.startswith(("Option", "Key", "Group", "No such", "Unable to load", "Missing", "Value"))]
+    return telling[0] if telling else " ".join(lines)
+
+
+def generate(arguments: list[str]) -> None:
+    """Writes audio made by a model, with a picture of each clip."""
+    parser = argparse.ArgumentParser(prog="s4audio generate", description="Make audio from noise or from recordings.")
+    parser.add_argument("model", help="model folder, such as runs/NAME/best")
+    parser.add_argument("--from", dest="source", required=True, metavar="noise|FILE|FOLDER", help="what to start from")
+    parser.add_argument("--num", type=int, default=4, help="clips to make from noise (default 4)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="length of a clip made from noise (default 10)")
+    parser.add_argument("--variation", type=float, default=0.0, help="0 (default) reconstructs; up to 1, more noise in the latent")
+    parser.add_argument("--normalize", choices=NORMALIZATIONS, help="level of the recordings; default: as in training")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same clips (default 0)")
+    parser.add_argument("--batch-size", type=int, default=4, help="clips at a time (default 4)")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--out", default="generated", help="folder for the WAV and PNG files (default generated)")
+    args = parser.parse_args(arguments)
+    if args.num < 1 or args.seconds <= 0 or args.batch_size < 1 or args.seed < 0:
+        raise ValueError("--num and --batch-size must be at least 1, --seconds positive and --seed not negative.")
+    if not 0 <= args.variation <= 1:
+        raise ValueError(f"--variation is {args.variation}; wanted 0 (reconstruction) to 1 (only noise).")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("--device is cuda, but torch finds no CUDA device here; leave --device out to use the CPU.")
+    sources = None if args.source == "noise" else find_audio(args.source)
+    model = checkpoint.load(args.model, args.device)
+    if not hasattr(model, "sample"):
+        raise ValueError(f"{args.model} is a {type(model).__name__}, which classifies; generate needs an autoencoder.")
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    if sources is None:
+        seconds = _from_noise(model, args, out)
+    else:
+        how = args.normalize or checkpoint.read_config(args.model)["training"].get("normalize", "none")
+        seconds = _from_recordings(model, args, sources, how, out)
+    took = time.monotonic() - started
+    print(f"{seconds:.1f} s of audio in {took:.1f} s, at {model.sample_rate} Hz, in {out}")
+
+
+@torch.no_grad()
+def _from_noise(model: nn.Module, args: argparse.Namespace, out: Path) -> float:
+    num_samples = max(1, round(args.seconds * model.sample_rate))
+    for first in range(0, args.num, args.batch_size):
+        indices = range(first, min(first + args.batch_size, args.num))
+        generators = [_generator(args.seed, index) for index in indices]
+        clips = model.sample(len(generators), num_samples, generator=generators).cpu()
+        for index, clip in zip(indices, clips, strict=True):
+            _write(out, f"noise_{args.seed}_{index:03d}", {"output, from noise": clip}, model.sample_rate)
+    return args.num * num_samples / model.sample_rate
+
+
+@torch.no_grad()
+def _from_recordings(model: nn.Module, args: argparse.Namespace, files: list[Path], how: str, out: Path) -> float:
+    names = _distinct_names(files)
+    print(f"{len(files)} recordings, mono at {model.sample_rate} Hz, level: {'as they are' if how == 'none' else how}")
+    seconds, failures = 0.0, []
+    for index, (file, name) in enumerate(zip(files, names, strict=True)):
+        try:
+            audio, _ = read_audio(file, model.sample_rate)
+        except AudioError as error:
+            failures.append(str(error))
+            print(f"skipped: {error}", file=sys.stderr)
+            continue
+        audio = normalize(audio, how)
+        estimate = model.vary(audio.unsqueeze(0).to(args.device), args.variation, [_generator(args.seed, index)])[0].cpu()
+        title = "output, reconstructed" if args.variation == 0 else f"output, variation {args.variation:g}"
+        _write(out, name, {"input": audio, title: estimate}, model.sample_rate)
+        seconds += audio.shape[-1] / model.sample_rate
+    if len(failures) == len(files):
+        raise AudioError(f"none of the {len(files)} recordings could be read.")
+    return seconds
+
+
+def _write(out: Path, name: str, clips: dict[str, Tensor], sample_rate: int) -> None:
+    """NAME.wav from the last clip and NAME.png from all."""
+    from s4audio.report import save_clips_figure
+
+    *_, audio = clips.values()
+    clipped = write_audio(out / f"{name}.wav", audio, sample_rate)
+    save_clips_figure(out / f"{name}.png", clips, sample_rate)
+    note = f" ({clipped} samples beyond full scale were clipped)" if clipped else ""
+    print(f"{out / name}.wav and .png{note}", flush=True)
+
+
+def _generator(seed: int, index: int) -> torch.Generator:
+    """The noise of one clip, from (seed, index) alone."""
+    state: Any = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]) % 2**63)
+
+
+def _distinct_names(files: list[Path]) -> list[str]:
+    """A name for each file's output: its stem, with a number where two files share one."""
+    seen: dict[str, int] = {}
+    names = []
+    for file in files:
+        count = seen[file.stem] = seen.get(file.stem, 0) + 1
+        names.append(file.stem if count == 1 else f"{file.stem}_{count}")
+    return names
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""Folders of audio files as training clips."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import lightning
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from s4audio.audio import NORMALIZATIONS, AudioError, find_audio, normalize, read_audio
+
+
+class AudioFolder(lightning.LightningDataModule):
+    """Mono clips from a folder of audio files, searched recursively; every file is read once and kept in memory.
+
+    Training clips are a stream without end: clip number k is a file and a place drawn from (seed, k) alone, so that a run
+    that stops and goes on sees what it would have seen. Validation clips are fixed windows, side by side.
+
+    Args:
+        train: folder (or one file) to train on.
+        sample_rate: in Hz; files at other rates are resampled.
+        valid: folder to validate on; None splits files off `train`.
+        valid_fraction: share of the training files that is split off if `valid` is None (at least one file).
+        clip_seconds: length of a clip, drawn at a random place of the file; a shorter file is padded with zeros at its end,
+            never dropped. None takes whole files, each batch padded to its longest.
+        batch_size: clips in a batch.
+        normalize: `none`, or `peak`: every file to a peak of full scale.
+        seed: of the split and of the clips.
+        num_workers: processes that prepare batches; the clips are in memory, so 0 does.
+
+    Raises:
+        ValueError: an argument outside its range.
+        AudioError: a folder is missing, or holds no file that can be read; or no two files are left to split.
+    """
+
+    def __init__(
+        self,
+        train: str,
+        sample_rate: int,
+        valid: str | None = None,
+        valid_fraction: float = 0.1,
+        clip_seconds: float | None = None,
+        batch_size: int = 8,
+        normalize: str = "none",
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if normalize not in NORMALIZATIONS:
+            raise ValueError(f"normalize is {normalize!r}; choose one of {', '.join(NORMALIZATIONS)}.")
+        if sample_rate < 1 or batch_size < 1 or (clip_seconds is not None and clip_seconds <= 0):
+            raise ValueError(f"sample_rate {sample_rate}, batch_size {batch_size}, clip_seconds {clip_seconds}: all must be positive.")
+        if valid is None and not 0 < valid_fraction < 1:
+            raise ValueError(f"valid_fraction is {valid_fraction}; wanted a share between 0 and 1.")
+        self.train, self.sample_rate, self.valid, self.valid_fraction = train, sample_rate, valid, valid_fraction
+        self.clip_seconds, self.batch_size, self.normalize = clip_seconds, batch_size, normalize
+        self.seed, self.num_workers = seed, num_workers
+        self.clip_samples = None if clip_seconds is None else max(1, round(clip_seconds * sample_rate))
+        self.train_clips: list[Tensor] = []
+        self.valid_clips: list[Tensor] = []
+        self.skipped: list[str] = []
+
+    def setup(self, stage: str | None = None) -> None:
+        """Finds, splits and reads the files, once."""
+        if self.train_clips:
+            return
+        train_files = find_audio(self.train)
+        if self.valid is not None:
+            valid_files = find_audio(self.valid)
+        else:
+            train_files, valid_files = split_files(train_files, self.valid_fraction, self.seed)
+        self.train_clips, skipped_train = self._read(train_files)
+        self.valid_clips, skipped_valid = self._read(valid_files)
+        self.skipped = skipped_train + skipped_valid
+
+    def describe(self) -> dict[str, object]:
+        """What was read, for people and for config.json; seconds are after resampling."""
+        seconds = [sum(clip.shape[-1] for clip in clips) / self.sample_rate for clips in (self.train_clips, self.valid_clips)]
+        return {
+            "sample_rate": self.sample_rate, "normalize": self.normalize, "clip_seconds": self.clip_seconds,
+            "train_files": len(self.train_clips), "train_seconds": round(seconds[0], 3),
+            "valid_files": len(self.valid_clips), "valid_seconds": round(seconds[1], 3), "skipped": self.skipped,
+        }  # fmt: skip
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches (B, 1, T) without end, from where the trainer stands."""
+        start = 0
+        if self.trainer is not None:
+            start = self.trainer.global_step * self.trainer.accumulate_grad_batches * self.batch_size
+        clips = _TrainingClips(self.train_clips, self.clip_samples, self.seed)
+        return self._loader(clips, sampler=_From(start))
+
+    def val_dataloader(self) -> DataLoader:
+        """The windows of every validation file, always the same."""
+        return self._loader([clip for audio in self.valid_clips for clip in windows(audio, self.clip_samples)])
+
+    def _loader(self, clips: "Dataset[Tensor] | list[Tensor]", sampler: Sampler[int] | None = None) -> DataLoader:
+        return DataLoader(
+            clips, self.batch_size, sampler=sampler, collate_fn=pad_batch, num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )  # fmt: skip
+
+    def _read(self, files: list[Path]) -> tuple[list[Tensor], list[str]]:
+        clips, skipped = [], []
+        for file in files:
+            try:
+                audio, _ = read_audio(file, self.sample_rate)
+            except AudioError as error:
+                skipped.append(str(error))
+            else:
+                clips.append(normalize(audio, self.normalize))
+        if not clips:
+            raise AudioError(f"none of the {len(files)} audio files could be read; the first: {skipped[0]}")
+        return clips, skipped
+
+
+def split_files(files: list[Path], valid_fraction: float, seed: int) -> tuple[list[Path], list[Path]]:
+    """Training and validation files, by a seeded shuffle; never a part of a file in each.
+
+    Raises:
+        AudioError: there are fewer than two files.
+    """
+    if len(files) < 2:
+        raise AudioError(f"{files[0]} is the only audio file; give a second one, or a `valid` folder, to validate on.")
+    num_valid = min(max(1, round(valid_fraction * len(files))), len(files) - 1)
+    order = np.random.default_rng([seed, 0]).permutation(len(files))
+    chosen = set(order[:num_valid].tolist())
+    return [f for i, f in enumerate(files) if i not in chosen], [f for i, f in enumerate(files) if i in chosen]
+
+
+def pad_batch(clips: list[Tensor]) -> Tensor:
+    """(B, 1, T) from clips (1, ...), with T the longest one's length; zeros at the end of the others."""
+    longest = max(clip.shape[-1] for clip in clips)
+    return torch.stack([torch.nn.functional.pad(clip, (0, longest - clip.shape[-1])) for clip in clips])
+
+
+class _TrainingClips(Dataset):
+    """Clip k of a stream without end: every file once in each pass, in an order and at a place drawn from (seed, pass)."""
+
+    def __init__(self, files: list[Tensor], clip_samples: int | None, seed: int) -> None:
+        self.files, self.clip_samples, self.seed = files, clip_samples, seed
+
+    def __getitem__(self, index: int) -> Tensor:
+        passes, position = divmod(index, len(self.files))
+        generator = np.random.default_rng([self.seed, 1, passes])
+        order, places = generator.permutation(len(self.files)), generator.random(len(self.files))
+        audio = self.files[order[position]]
+        if self.clip_samples is None:
+            return audio
+        room = max(0, audio.shape[-1] - self.clip_samples)
+        return cut(audio, math.floor(places[position] * (room + 1)), self.clip_samples)
+
+
+class _From(Sampler[int]):
+    """start, start + 1, … without end."""
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.count(self.start)
+
+
+def windows(audio: Tensor, clip_samples: int | None) -> list[Tensor]:
+    """The file (1, T) cut into clips, the last padded if at least half of it is audio, else left out; never none.
+
+    clip_samples None keeps the file whole.
+    """
+    if clip_samples is None:
+        return [audio]
+    num_clips = max(1, math.floor(audio.shape[-1] / clip_samples + 0.5))
+    return [cut(audio, index * clip_samples, clip_samples) for index in range(num_clips)]
+
+
+def cut(audio: Tensor, start: int, clip_samples: int) -> Tensor:
+    """clip_samples from `start` on, with zeros after the file's end."""
+    piece = audio[..., start : start + clip_samples]
+    return torch.nn.functional.pad(piece, (0, clip_samples - piece.shape[-1]))
