@@ -1,0 +1,130 @@
+"""Both autoencoders: shapes at every length, reconstruction, noise and variation."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from s4audio import CausalAutoencoder, S4DAutoencoder
+from s4audio.models.autoencoder import noise
+
+
+def causal(**arguments) -> CausalAutoencoder:
+    defaults = {"strides": (2, 3), "widths": (4, 4, 6), "latent_channels": 3, "d_state": 4, "losses": ("mse", "l1", "stft")}
+    return CausalAutoencoder(8000, **{**defaults, **arguments})
+
+
+MODELS = {"system 4": lambda: S4DAutoencoder(3000), "causal": causal}
+
+
+@pytest.fixture(params=MODELS)
+def model(request) -> torch.nn.Module:
+    return MODELS[request.param]().eval()
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 6, 7, 64, 999])
+def test_output_is_as_long_as_the_input(model, length):
+    audio = torch.randn(2, 1, length)
+    latent = model.encode(audio)
+    assert latent.shape == (2, model.latent_channels, -(-length // model.hop_length))
+    assert model(audio).shape == model.decode(latent, length).shape == audio.shape
+    assert model.decode(latent).shape[-1] == latent.shape[-1] * model.hop_length
+    assert torch.equal(model(audio), model.decode(latent, length))
+
+
+def test_losses_reach_every_parameter(model):
+    sum(model.training_losses(torch.randn(2, 1, 500)).values()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+
+
+def test_system_4_is_the_reference_network():
+    model = S4DAutoencoder(3000).double()
+    audio = torch.randn(2, 1, 1000, dtype=torch.float64)
+
+    def norm(u, module):
+        return (u - u.mean(-1, keepdim=True)) / (u.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt() * module.weight[
+            :, None
+        ] + module.bias[:, None]
+
+    x = model.down(model.outer(norm(audio, model.norm_in)))
+    latent = F.gelu(model.inner(norm(x, model.norm_down)))
+    x = model.outer(norm(model.up(norm(latent, model.norm_latent)), model.norm_out))
+    torch.testing.assert_close(model(audio), F.gelu(x), rtol=0, atol=1e-12)
+    assert model(audio).min() > -0.17
+    model.final_gelu = False
+    torch.testing.assert_close(model(audio), x, rtol=0, atol=1e-12)
+    assert [m.d_state for m in (model.outer, model.inner)] == [10, 10]
+    assert sum(p.numel() for p in model.parameters()) == 119
+
+
+def test_noise_of_a_clip_is_its_own():
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    together = noise((3, 2, 50), generators)
+    alone = noise((1, 2, 50), [torch.Generator().manual_seed(2)])
+    assert torch.equal(together[2:], alone)
+    assert together.std() == pytest.approx(1, abs=0.15)
+
+
+def test_samples_follow_the_generator(model):
+    first, second, other = (model.sample(2, 101, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert first.shape == (2, 1, 101)
+    assert torch.equal(first, second) and not torch.equal(first, other)
+
+
+def test_variation_goes_from_reconstruction_to_noise(model):
+    audio = torch.sin(torch.arange(600) / 5).reshape(1, 1, -1)
+    with torch.no_grad():
+        assert torch.equal(model.vary(audio, 0.0), model(audio))
+        distances = [
+            (model.vary(audio, s, torch.Generator().manual_seed(0)) - model(audio)).square().mean() for s in (0.1, 0.3, 0.9)
+        ]
+    assert 0 < distances[0] < distances[1] < distances[2]
+    with pytest.raises(ValueError, match=r"the variation is 1.5; wanted 0"):
+        model.vary(audio, 1.5)
+
+
+def test_variation_keeps_the_latents_size():
+    model = causal()
+    model.encode, model.decode = lambda audio: latent, lambda latent, num_samples: latent
+    latent = 3 + 2 * torch.randn(1, 3, 100_000)
+    varied = model.vary(torch.zeros(1, 1, 1), 0.6, torch.Generator().manual_seed(0))
+    assert varied.mean() == pytest.approx(3, abs=0.02) and varied.std() == pytest.approx(2, abs=0.02)
+
+
+def test_training_follows_the_latents_statistics():
+    model = causal().train()
+    audio = torch.randn(4, 1, 600)
+    latent = model.encode(audio).detach()
+    for _ in range(500):
+        model.training_losses(audio)
+    torch.testing.assert_close(model.latent_mean[:, 0], latent.mean((0, 2)), rtol=0, atol=0.02)
+    torch.testing.assert_close(model.latent_std[:, 0], latent.std((0, 2), correction=0), rtol=0, atol=0.02)
+    before = model.latent_mean.clone()
+    model.eval().training_losses(audio + 5)
+    assert torch.equal(model.latent_mean, before)
+
+
+def test_a_small_autoencoder_learns_a_tone():
+    torch.manual_seed(0)
+    model = causal(losses=("mse",)).train()
+    audio = 0.5 * torch.sin(torch.arange(1200) * torch.tensor([[0.2], [0.31]])).unsqueeze(1)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    for _ in range(60):
+        loss = model.training_losses(audio)["mse"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.2 * audio.square().mean()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"widths": (4, 4)}, "widths has 2 entries and strides 2"),
+        ({"losses": ("mse", "loud")}, r"losses is \['mse', 'loud'\]"),
+        ({"losses": ()}, "wanted one or more of mse, l1, stft"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        causal(**arguments)

@@ -1,0 +1,122 @@
+"""Files in and out, rates and levels; every refusal is one sentence."""
+
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from s4audio import audio
+from s4audio.audio import AudioError, find_audio, normalize, read_audio, resample, write_audio
+
+
+def tone(rate: int, hz: float = 220.0, seconds: float = 1.0) -> np.ndarray:
+    return (0.5 * np.sin(2 * np.pi * hz * np.arange(round(rate * seconds)) / rate)).astype(np.float32)
+
+
+@pytest.mark.parametrize(("extension", "tolerance"), [("wav", 1e-4), ("flac", 1e-4), ("ogg", 0.05), ("mp3", 0.05), ("aiff", 1e-4)])
+def test_reads_what_soundfile_wrote(tmp_path, extension, tolerance):
+    path, rate = tmp_path / f"tone.{extension}", 16_000
+    soundfile.write(path, tone(rate), rate)
+    read, found = read_audio(path)
+    assert found == rate and read.dtype == torch.float32 and read.shape[0] == 1
+    middle = slice(4000, 8000)  # lossy codecs pad at the ends
+    assert np.abs(read[0, middle].numpy() - tone(rate)[middle]).max() < tolerance
+
+
+def test_stereo_is_averaged_or_kept(tmp_path):
+    left, right = tone(8000), tone(8000, 330.0)
+    soundfile.write(tmp_path / "a.wav", np.stack([left, right], 1), 8000, subtype="FLOAT")
+    mono, _ = read_audio(tmp_path / "a.wav")
+    np.testing.assert_allclose(mono[0], (left + right) / 2, atol=1e-7)
+    both, _ = read_audio(tmp_path / "a.wav", mono=False)
+    np.testing.assert_allclose(both, np.stack([left, right]), atol=1e-7)
+
+
+@pytest.mark.parametrize(("from_rate", "to_rate"), [(8000, 3000), (44_100, 16_000), (3000, 8000), (8000, 8000)])
+def test_resampling_keeps_a_tone_and_rounds_the_length_up(from_rate, to_rate):
+    resampled = resample(torch.from_numpy(tone(from_rate))[None], from_rate, to_rate)
+    assert resampled.shape == (1, to_rate)
+    inner = slice(to_rate // 4, to_rate // 2)
+    assert np.abs(resampled[0, inner].numpy() - tone(to_rate)[inner]).max() < 1e-3
+    odd = resample(torch.zeros(2, 1001), from_rate, to_rate)
+    assert odd.shape == (2, -(-1001 * to_rate // from_rate))
+
+
+def test_write_then_read_is_within_half_a_step(tmp_path):
+    wave = torch.randn(1, 5000).clamp(-1, 1)
+    for name in ("a.wav", "b.flac"):
+        assert write_audio(tmp_path / "new" / name, wave, 3000) == 0
+        back, rate = read_audio(tmp_path / "new" / name)
+        assert rate == 3000 and (back - wave).abs().max() < 1.5 / 32768 + 1 / 32768
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["a.wav", "b.flac"]  # no temporary file stays
+
+
+def test_writing_counts_clipped_samples_and_rescales_nothing(tmp_path):
+    wave = torch.tensor([[0.5, 1.5, -2.0, 0.25]])
+    assert write_audio(tmp_path / "a.wav", wave, 8000) == 2
+    back, _ = read_audio(tmp_path / "a.wav")
+    torch.testing.assert_close(back, wave.clamp(-1, 1), rtol=0, atol=1e-4)
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    (tmp_path / "old.wav").write_bytes(b"precious")
+    with pytest.raises(AudioError, match="not finite numbers; nothing was written"):
+        write_audio(tmp_path / "old.wav", torch.tensor([[0.0, float("nan")]]), 8000)
+    with pytest.raises(AudioError, match=r"\.xyz is not a format"):
+        write_audio(tmp_path / "a.xyz", torch.zeros(1, 10), 8000)
+    assert [p.name for p in tmp_path.iterdir()] == ["old.wav"]
+    assert (tmp_path / "old.wav").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "does not exist"),
+        (lambda path: path.write_bytes(b""), "cannot be read as audio"),
+        (lambda path: path.write_bytes(b"RIFF0000WAVEjunk"), "cannot be read as audio"),
+        (lambda path: soundfile.write(path, np.zeros(0, np.float32), 8000), "holds no samples"),
+        (
+            lambda path: soundfile.write(path, np.array([0, np.nan, np.inf], np.float32), 8000, subtype="FLOAT"),
+            "holds 2 samples that are not finite",
+        ),
+    ],
+)
+def test_unusable_files_are_refused_by_name(tmp_path, make, message):
+    path = tmp_path / "bad.wav"
+    make(path)
+    with pytest.raises(AudioError, match=rf"bad\.wav.*{message}"):
+        read_audio(path)
+
+
+def test_finds_files_in_subfolders_in_a_stable_order(tmp_path):
+    for name in ("b.wav", "sub/a.FLAC", "sub/deep/c.mp3", "notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "sub" / "loop").symlink_to(tmp_path)
+    assert [p.relative_to(tmp_path).as_posix() for p in find_audio(tmp_path)] == ["b.wav", "sub/a.FLAC", "sub/deep/c.mp3"]
+    assert find_audio(tmp_path / "b.wav") == [tmp_path / "b.wav"]
+
+
+def test_a_missing_or_silent_folder_is_refused(tmp_path):
+    with pytest.raises(AudioError, match="does not exist"):
+        find_audio(tmp_path / "nowhere")
+    with pytest.raises(AudioError, match="holds no audio file"):
+        find_audio(tmp_path)
+
+
+def test_normalization_is_a_choice():
+    wave = torch.tensor([[0.1, -0.2]])
+    assert normalize(wave, "none") is wave
+    torch.testing.assert_close(normalize(wave, "peak"), torch.tensor([[0.5, -1.0]]))
+    assert torch.equal(normalize(torch.zeros(1, 3), "peak"), torch.zeros(1, 3))
+    with pytest.raises(ValueError, match="normalize is 'loud'; choose one of none, peak"):
+        normalize(wave, "loud")
+
+
+def test_without_torchaudio_only_mel_filters_are_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchaudio", None)  # an import then fails as if it were not there
+    monkeypatch.setitem(sys.modules, "torchaudio.functional", None)
+    with pytest.raises(RuntimeError, match="mel filters need torchaudio, which cannot be imported here"):
+        audio.mel_filterbank(16_000, 512, 80)
