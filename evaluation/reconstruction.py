@@ -36,7 +36,11 @@ def score(model: torch.nn.Module, folder: str, level: str, device: str) -> dict[
         scores["silence_mse"].append(audio.square().mean().item())
         scores["si_sdr_db"].append(si_sdr(estimate, audio).mean().item())
         scores["log_spectral_distance_db"].append(log_spectral_distance(estimate, audio).mean().item())
-    result: dict[str, float] = {"files": len(scores["mse"]), "seconds": round(seconds, 1), "real_time_factor": round(seconds / took, 1)}
+    result: dict[str, float] = {
+        "files": len(scores["mse"]),
+        "seconds": round(seconds, 1),
+        "real_time_factor": round(seconds / took, 1),
+    }
     for name, values in scores.items():
         of_files = torch.tensor(values, dtype=torch.float64)
         result[name], result[f"{name}_std"] = of_files.mean().item(), of_files.std().item()
@@ -52,12 +56,18 @@ def main() -> None:
     args = parser.parse_args()
     model, config = s4audio.load(args.model, args.device), read_config(args.model)
     level = config["training"].get("normalize", "none")
-    splits = {name: score(model, folder, level, args.device) for name, _, folder in (split.partition("=") for split in args.split)}
-    print(f"{config['class']}, {sum(p.numel() for p in model.parameters())} parameters, {model.sample_rate} Hz, level: {level}")
+    splits = {
+        name: score(model, folder, level, args.device) for name, _, folder in (split.partition("=") for split in args.split)
+    }
+    print(
+        f"{config['class']}, {sum(p.numel() for p in model.parameters())} parameters, {model.sample_rate} Hz, level: {level}"
+    )
     for name, s in splits.items():
         print(
-            f"{name:>6}: MSE {s['mse']:.5f} (silence {s['silence_mse']:.5f}), SI-SDR {s['si_sdr_db']:.2f} ± {s['si_sdr_db_std']:.2f} dB, "
-            f"log-spectral distance {s['log_spectral_distance_db']:.2f} dB, {s['files']} files, {s['real_time_factor']:.0f}x real time"
+            f"{name:>6}: MSE {s['mse']:.5f} (silence {s['silence_mse']:.5f}), "
+            f"SI-SDR {s['si_sdr_db']:.2f} ± {s['si_sdr_db_std']:.2f} dB, "
+            f"log-spectral distance {s['log_spectral_distance_db']:.2f} dB, "
+            f"{s['files']} files, {s['real_time_factor']:.0f}x real time"
         )
     if args.json:
         result = {

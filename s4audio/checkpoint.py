@@ -78,7 +78,9 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path / WEIGHTS} is missing or damaged ({error}).") from error
     except RuntimeError as error:
-        raise CheckpointError(f"{path / WEIGHTS} does not fit {config['class']}: {str(error).splitlines()[-1].strip()}") from error
+        raise CheckpointError(
+            f"{path / WEIGHTS} does not fit {config['class']}: {str(error).splitlines()[-1].strip()}"
+        ) from error
     return model.to(device).eval()
 
 
@@ -90,7 +92,9 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not (path / CONFIG).is_file():
-        raise CheckpointError(f"{path} is not a model: it has no {CONFIG}. A training run keeps its models in RUN/best and RUN/last.")
+        raise CheckpointError(
+            f"{path} is not a model: it has no {CONFIG}. A training run keeps its models in RUN/best and RUN/last."
+        )
     try:
         config = json.loads((path / CONFIG).read_text())
         name, arguments = config["class"], config["arguments"]

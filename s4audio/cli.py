@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import re
 import sys
 import time
 import warnings
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from s4audio import __version__, checkpoint
 from s4audio.audio import NORMALIZATIONS, AudioError, find_audio, normalize, read_audio, write_audio
@@ -59,24 +60,29 @@ def fit(arguments: list[str]) -> None:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    import s4audio.data  # noqa: F401 - so that a recipe may name these classes without their module
-    import s4audio.tasks
     from s4audio.tasks.callbacks import TRAINER_CHECKPOINT, Progress, RunFolder
 
     class RecipeCLI(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-            parser.add_argument("--out", type=str, required=True, help="run folder; if it holds a run already, that run goes on")
+            parser.add_argument(
+                "--out", type=str, required=True, help="run folder; if it holds a run already, that run goes on"
+            )
             parser.add_argument("--save_every", type=int, default=500, help="steps between checkpoints")
 
         def instantiate_classes(self) -> None:
             """Adds what the run writes and shows to the trainer that the recipe describes."""
             out = Path(self.config["out"])
-            self.config_init = self.parser.instantiate(self.config)
+            try:
+                self.config_init = self.parser.instantiate(self.config)
+            except ValueError as error:
+                raise ValueError(f"the recipe is refused: {_innermost(error)}") from error
             self.datamodule, self.model = self.config_init["data"], self.config_init["model"]
             self._add_configure_optimizers_method_to_model(None)
             data_rate, model_rate = self.datamodule.sample_rate, self.model.model.sample_rate
             if data_rate != model_rate:
-                raise ValueError(f"the data is at {data_rate} Hz and the model at {model_rate} Hz; set both sample_rates to one value.")
+                raise ValueError(
+                    f"the data is at {data_rate} Hz and the model at {model_rate} Hz; set both sample_rates to one value."
+                )
             self.datamodule.setup()
             self.training = self.datamodule.describe()
             self.trainer = self.instantiate_trainer(
@@ -97,7 +103,7 @@ def fit(arguments: list[str]) -> None:
             parser_kwargs={"exit_on_error": False, "prog": "s4audio fit"},
         )  # fmt: skip
     except jsonargparse.ArgumentError as error:
-        raise ValueError(f"the recipe or an option is refused: {_essence(str(error))}") from error
+        raise ValueError(f"the recipe or an option is refused: {_innermost(error)}") from error
     out, data = Path(cli.config["out"]), cli.training
     out.mkdir(parents=True, exist_ok=True)
     print(
@@ -120,11 +126,16 @@ def fit(arguments: list[str]) -> None:
     print(f"generate: s4audio generate {out / 'best'} --from noise --num 4 --seconds 10 --out generated")
 
 
-def _essence(error: str) -> str:
-    """The line of jsonargparse's tree of reasons that says what is wrong, without the alternatives that failed too."""
-    lines = [line.strip(" -") for line in error.splitlines()]
-    telling = [line for line in lines if line.startswith(("Option", "Key", "Group", "No such", "Unable to load", "Missing", "Value"))]
-    return telling[0] if telling else " ".join(lines)
+def _innermost(error: BaseException) -> str:
+    """What was wrong, from under the alternatives that jsonargparse tried as well, with the key if it names one."""
+    key = ""
+    while True:
+        named = re.search(r'Parser key "([^"]+)"', str(error))
+        key = named[1] if named else key
+        cause = error.__cause__ or error.__context__
+        if cause is None:
+            return f"{key}: {error}" if key and str(error).startswith("Expected") else str(error)
+        error = cause
 
 
 def generate(arguments: list[str]) -> None:
@@ -134,7 +145,9 @@ def generate(arguments: list[str]) -> None:
     parser.add_argument("--from", dest="source", required=True, metavar="noise|FILE|FOLDER", help="what to start from")
     parser.add_argument("--num", type=int, default=4, help="clips to make from noise (default 4)")
     parser.add_argument("--seconds", type=float, default=10.0, help="length of a clip made from noise (default 10)")
-    parser.add_argument("--variation", type=float, default=0.0, help="0 (default) reconstructs; up to 1, more noise in the latent")
+    parser.add_argument(
+        "--variation", type=float, default=0.0, help="0 (default) reconstructs; up to 1, more noise in the latent"
+    )
     parser.add_argument("--normalize", choices=NORMALIZATIONS, help="level of the recordings; default: as in training")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same clips (default 0)")
     parser.add_argument("--batch-size", type=int, default=4, help="clips at a time (default 4)")
@@ -148,7 +161,7 @@ def generate(arguments: list[str]) -> None:
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("--device is cuda, but torch finds no CUDA device here; leave --device out to use the CPU.")
     sources = None if args.source == "noise" else find_audio(args.source)
-    model = checkpoint.load(args.model, args.device)
+    model: Any = checkpoint.load(args.model, args.device)
     if not hasattr(model, "sample"):
         raise ValueError(f"{args.model} is a {type(model).__name__}, which classifies; generate needs an autoencoder.")
     out = Path(args.out)
@@ -164,7 +177,7 @@ def generate(arguments: list[str]) -> None:
 
 
 @torch.no_grad()
-def _from_noise(model: nn.Module, args: argparse.Namespace, out: Path) -> float:
+def _from_noise(model: Any, args: argparse.Namespace, out: Path) -> float:
     num_samples = max(1, round(args.seconds * model.sample_rate))
     for first in range(0, args.num, args.batch_size):
         indices = range(first, min(first + args.batch_size, args.num))
@@ -176,7 +189,7 @@ def _from_noise(model: nn.Module, args: argparse.Namespace, out: Path) -> float:
 
 
 @torch.no_grad()
-def _from_recordings(model: nn.Module, args: argparse.Namespace, files: list[Path], how: str, out: Path) -> float:
+def _from_recordings(model: Any, args: argparse.Namespace, files: list[Path], how: str, out: Path) -> float:
     names = _distinct_names(files)
     print(f"{len(files)} recordings, mono at {model.sample_rate} Hz, level: {'as they are' if how == 'none' else how}")
     seconds, failures = 0.0, []

@@ -15,7 +15,9 @@ def tone(rate: int, hz: float = 220.0, seconds: float = 1.0) -> np.ndarray:
     return (0.5 * np.sin(2 * np.pi * hz * np.arange(round(rate * seconds)) / rate)).astype(np.float32)
 
 
-@pytest.mark.parametrize(("extension", "tolerance"), [("wav", 1e-4), ("flac", 1e-4), ("ogg", 0.05), ("mp3", 0.05), ("aiff", 1e-4)])
+@pytest.mark.parametrize(
+    ("extension", "tolerance"), [("wav", 1e-4), ("flac", 1e-4), ("ogg", 0.05), ("mp3", 0.05), ("aiff", 1e-4)]
+)
 def test_reads_what_soundfile_wrote(tmp_path, extension, tolerance):
     path, rate = tmp_path / f"tone.{extension}", 16_000
     soundfile.write(path, tone(rate), rate)

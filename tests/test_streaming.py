@@ -55,7 +55,9 @@ CAUSAL: dict[str, Callable[[], nn.Module]] = LAYERS | {
     "S4Block": lambda: S4Block(S4(CHANNELS, 8), dropout=0.1),
     "S4Block without mixing": lambda: S4Block(S4D(CHANNELS, 8), mix=False),
     "GatedBlock": lambda: GatedBlock(S4D(CHANNELS, 8)),
-    "Chain": lambda: Chain(CausalConv1d(CHANNELS, 4, 4, 2), Residual(S4D(4, 8), nn.GELU()), CausalConvTranspose1d(4, 2, 4, 2)),
+    "Chain": lambda: Chain(
+        CausalConv1d(CHANNELS, 4, 4, 2), Residual(S4D(4, 8), nn.GELU()), CausalConvTranspose1d(4, 2, 4, 2)
+    ),
     "S4Model's trunk": lambda: S4Model(CHANNELS, 10, d_model=4, num_layers=2, d_state=8, layer="S4").trunk,
     "CausalAutoencoder": autoencoder,
 }
@@ -85,7 +87,13 @@ def blocks_of(size: int) -> list[int]:
     return [size] * (LENGTH // size) + [LENGTH % size] * (LENGTH % size > 0)
 
 
-BLOCKS = {"1": blocks_of(1), "7": blocks_of(7), "64": blocks_of(64), "whole": [LENGTH], "random, with empty ones": random_sizes(LENGTH)}
+BLOCKS = {
+    "1": blocks_of(1),
+    "7": blocks_of(7),
+    "64": blocks_of(64),
+    "whole": [LENGTH],
+    "random, with empty ones": random_sizes(LENGTH),
+}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["float64", "float32"])
@@ -111,7 +119,9 @@ def test_no_output_hears_the_future(name):
     module = make(name, torch.float64)
     u = torch.randn(1, CHANNELS, LENGTH, dtype=torch.float64)
     whole = module(u)
-    samples_in_frame = {"CausalConv1d stride": 3, "CausalConv1d kernel = stride": 2, "Chain": 2, "CausalAutoencoder": 6}.get(name, 1)
+    samples_in_frame = {"CausalConv1d stride": 3, "CausalConv1d kernel = stride": 2, "Chain": 2, "CausalAutoencoder": 6}.get(
+        name, 1
+    )
     changed_from = LENGTH // 2 // samples_in_frame * samples_in_frame  # the first sample of a frame
     changed = u.clone()
     changed[..., changed_from:] += 1

@@ -16,6 +16,8 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib import metadata
+from pathlib import Path
 
 SHAPES = [(1, 64, 90112), (16, 128, 1024), (8, 64, 16384)]
 PATHS = ("textbook", "ours")
@@ -60,10 +62,20 @@ def measure(path: str, shape: tuple[int, int, int], d_state: int, backward: bool
 
 def in_own_process(**job: object) -> dict[str, float]:
     """`measure(**job)` in a fresh Python."""
-    done = subprocess.run([sys.executable, os.path.abspath(__file__), "--job", json.dumps(job)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, os.path.abspath(__file__), "--job", json.dumps(job)], capture_output=True, text=True
+    )
     if done.returncode:
         sys.exit(f"the measurement {job} failed:\n{done.stderr}")
     return json.loads(done.stdout)
+
+
+def processor() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def main() -> None:
@@ -80,7 +92,8 @@ def main() -> None:
         print(json.dumps(measure(**job)))
         return
     rows = []
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, float32, N = {args.d_state}, median of {args.repeats}")
+    machine = f"{processor()}, {os.cpu_count()} cores, torch {metadata.version('torch')}"
+    print(f"{machine}, float32, N = {args.d_state}, median of {args.repeats}")
     print(f"{'(B, H, L)':>18}  {'pass':<18} {'textbook':>20} {'ours':>20} {'faster':>8} {'memory':>8}")
     for text in args.shapes:
         shape = tuple(map(int, text.split(",")))
@@ -93,11 +106,18 @@ def main() -> None:
             faster, smaller = textbook["seconds"] / ours["seconds"], textbook["mib"] / max(ours["mib"], 1)
             name = "forward + backward" if backward else "forward"
             cells = [f"{f['seconds'] * 1e3:9.1f} ms {f['mib']:5.0f} MiB" for f in (textbook, ours)]
-            print(f"{shape!s:>18}  {name:<18} {cells[0]:>20} {cells[1]:>20} {faster:>7.1f}x {f'1/{smaller:.1f}':>8}", flush=True)
+            print(
+                f"{shape!s:>18}  {name:<18} {cells[0]:>20} {cells[1]:>20} {faster:>7.1f}x {f'1/{smaller:.1f}':>8}",
+                flush=True,
+            )
             rows.append({"shape": shape, "pass": name, **found, "faster": faster, "memory_ratio": smaller})
     if args.json:
         with open(args.json, "w") as file:
-            json.dump({"machine": platform.processor(), "cores": os.cpu_count(), "d_state": args.d_state, "rows": rows}, file, indent=1)
+            json.dump(
+                {"machine": machine, "d_state": args.d_state, "rows": rows},
+                file,
+                indent=1,
+            )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import lightning
 import numpy as np
@@ -53,7 +54,9 @@ class AudioFolder(lightning.LightningDataModule):
         if normalize not in NORMALIZATIONS:
             raise ValueError(f"normalize is {normalize!r}; choose one of {', '.join(NORMALIZATIONS)}.")
         if sample_rate < 1 or batch_size < 1 or (clip_seconds is not None and clip_seconds <= 0):
-            raise ValueError(f"sample_rate {sample_rate}, batch_size {batch_size}, clip_seconds {clip_seconds}: all must be positive.")
+            raise ValueError(
+                f"sample_rate {sample_rate}, batch_size {batch_size}, clip_seconds {clip_seconds}: all must be positive."
+            )
         if valid is None and not 0 < valid_fraction < 1:
             raise ValueError(f"valid_fraction is {valid_fraction}; wanted a share between 0 and 1.")
         self.train, self.sample_rate, self.valid, self.valid_fraction = train, sample_rate, valid, valid_fraction
@@ -79,7 +82,9 @@ class AudioFolder(lightning.LightningDataModule):
 
     def describe(self) -> dict[str, object]:
         """What was read, for people and for config.json; seconds are after resampling."""
-        seconds = [sum(clip.shape[-1] for clip in clips) / self.sample_rate for clips in (self.train_clips, self.valid_clips)]
+        seconds = [
+            sum(clip.shape[-1] for clip in clips) / self.sample_rate for clips in (self.train_clips, self.valid_clips)
+        ]
         return {
             "sample_rate": self.sample_rate, "normalize": self.normalize, "clip_seconds": self.clip_seconds,
             "train_files": len(self.train_clips), "train_seconds": round(seconds[0], 3),
@@ -98,7 +103,7 @@ class AudioFolder(lightning.LightningDataModule):
         """The windows of every validation file, always the same."""
         return self._loader([clip for audio in self.valid_clips for clip in windows(audio, self.clip_samples)])
 
-    def _loader(self, clips: "Dataset[Tensor] | list[Tensor]", sampler: Sampler[int] | None = None) -> DataLoader:
+    def _loader(self, clips: Any, sampler: Sampler[int] | None = None) -> DataLoader:
         return DataLoader(
             clips, self.batch_size, sampler=sampler, collate_fn=pad_batch, num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,

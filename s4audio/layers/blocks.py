@@ -4,6 +4,9 @@ A module streams if it has `initial_state(batch_size)`, `stream(u, state)` and, 
 on every sample alone (POINTWISE). Everything is (batch, channels, length).
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -35,12 +38,16 @@ class Chain(nn.Sequential):
 
     def initial_state(self, batch_size: int) -> tuple:
         """The state before the first sample."""
-        return tuple(module.initial_state(batch_size) if _streams(self, module) else None for module in self)
+        return tuple(module.initial_state(batch_size) if _streams(self, module) else None for module in self.parts())
+
+    def parts(self) -> Iterator[Any]:
+        """The modules; each has the streaming methods or is pointwise, which `_streams` tells."""
+        return iter(self)
 
     def stream(self, u: Tensor, state: tuple) -> tuple[Tensor, tuple]:
         """A block of any length, zero included, through every module."""
         after = []
-        for module, before in zip(self, state, strict=True):
+        for module, before in zip(self.parts(), state, strict=True):
             if _streams(self, module):
                 u, before = module.stream(u, before)
             else:
@@ -51,7 +58,7 @@ class Chain(nn.Sequential):
     def step(self, u: Tensor, state: tuple) -> tuple[Tensor, tuple]:
         """One sample; every module that sees one sample and has a recurrence of its own uses that."""
         after = []
-        for module, before in zip(self, state, strict=True):
+        for module, before in zip(self.parts(), state, strict=True):
             if not _streams(self, module):
                 u = _pointwise(module, u)
             elif hasattr(module, "step") and u.shape[-1] == 1:

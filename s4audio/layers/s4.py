@@ -139,7 +139,7 @@ class S4D(nn.Module):
 
 
 class S4(S4D):
-    """Diagonal-plus-low-rank state-space layer with a skip term: S4D and a low-rank P, which also wants a small learning rate.
+    """Diagonal-plus-low-rank state-space layer with a skip term: S4D plus P, which wants a small learning rate too.
 
     Args: as S4D, but `init` must be one that has a low-rank term: legs or fout.
 

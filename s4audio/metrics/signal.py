@@ -81,4 +81,6 @@ def mel_distance(estimate: Tensor, reference: Tensor, sample_rate: int) -> Tenso
 
 def _check(estimate: Tensor, reference: Tensor) -> None:
     if estimate.shape != reference.shape:
-        raise ValueError(f"estimate is {tuple(estimate.shape)} and reference {tuple(reference.shape)}; the shapes must agree.")
+        raise ValueError(
+            f"estimate is {tuple(estimate.shape)} and reference {tuple(reference.shape)}; the shapes must agree."
+        )

@@ -215,7 +215,9 @@ class CausalAutoencoder(WaveformAutoencoder):
         super().__init__()
         _check_losses(losses)
         if len(widths) != len(strides) + 1:
-            raise ValueError(f"widths has {len(widths)} entries and strides {len(strides)}; wanted one width more than strides.")
+            raise ValueError(
+                f"widths has {len(widths)} entries and strides {len(strides)}; wanted one width more than strides."
+            )
         self.sample_rate, self.strides, self.widths = sample_rate, tuple(strides), tuple(widths)
         self.latent_channels, self.num_blocks, self.d_state, self.channels = latent_channels, num_blocks, d_state, channels
         self.losses, self.discretization, self.init = tuple(losses), discretization, init

@@ -76,11 +76,13 @@ def run(system: DiagonalSystem | DPLRSystem, u: Tensor, x: Tensor) -> tuple[Tens
     if length == 0:
         return u, x
     if system.gap is not None:
-        return run_varying(system, u, x)
+        return run_varying(system, u, x, system.gap)
     T = chunk_length(length)
     num_chunks, rest = divmod(length, T)
-    make = diagonal_operators if isinstance(system, DiagonalSystem) else dense_operators
-    operators = make(system, T, u.dtype)
+    if isinstance(system, DiagonalSystem):
+        operators = diagonal_operators(system, T, u.dtype)
+    else:
+        operators = dense_operators(system, T, u.dtype)
     whole = u[..., : num_chunks * T].unflatten(-1, (num_chunks, T)).transpose(0, 1).flatten(1, 2)  # (H, B M, T)
     Z = torch.bmm(whole, operators.P).unflatten(1, (batch, num_chunks))  # (H, B, M, S)
     X, x = scan(operators.A_T, Z, x)
@@ -232,13 +234,15 @@ def dense_operators(system: DPLRSystem, T: int, dtype: torch.dtype) -> Operators
     return Operators(toeplitz(K).to(dtype), P.flip(-1).mT.to(dtype), Q.to(dtype), Carry(A.mT.to(dtype), None))
 
 
-def run_varying(system: DiagonalSystem | DPLRSystem, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+def run_varying(system: DiagonalSystem | DPLRSystem, u: Tensor, x: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
     """`run` for a system with one gap per sample: no two chunks are alike, so the states themselves are scanned."""
     outputs = []
-    gaps = system.gap.reshape(-1, u.shape[-1]).to(u.device).double()  # (1 or B, L)
-    scan_states = scan_diagonal_states if isinstance(system, DiagonalSystem) else scan_dense_states
-    for part, gap in zip(u.split(SEGMENT, dim=-1), gaps.split(SEGMENT, dim=-1), strict=True):
-        y, x = scan_states(system, part, x, gap)
+    gaps = gap.reshape(-1, u.shape[-1]).to(u.device).double()  # (1 or B, L)
+    for part, intervals in zip(u.split(SEGMENT, dim=-1), gaps.split(SEGMENT, dim=-1), strict=True):
+        if isinstance(system, DiagonalSystem):
+            y, x = scan_diagonal_states(system, part, x, intervals)
+        else:
+            y, x = scan_dense_states(system, part, x, intervals)
         outputs.append(y)
     return torch.cat(outputs, dim=-1), x
 

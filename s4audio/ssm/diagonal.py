@@ -70,7 +70,9 @@ def check_gap(gap: float | Tensor, discretization: str) -> Tensor | None:
         ValueError: a gap with another scheme than async, a negative gap, or a tensor that is not (L,) or (batch, L).
     """
     if isinstance(gap, Tensor) and gap.dim() == 0:
-        raise ValueError("gap is a tensor without dimensions; give a number, or one interval per sample: (L,) or (batch, L).")
+        raise ValueError(
+            "gap is a tensor without dimensions; give a number, or one interval per sample: (L,) or (batch, L)."
+        )
     if not isinstance(gap, Tensor):
         if gap != 1.0 and discretization != "async":
             raise ValueError(f"gap is {gap} with discretization {discretization!r}; only 'async' takes intervals.")
@@ -78,7 +80,9 @@ def check_gap(gap: float | Tensor, discretization: str) -> Tensor | None:
             raise ValueError(f"gap is {gap}; an interval cannot be negative.")
         return None
     if discretization != "async":
-        raise ValueError(f"gap is a tensor with discretization {discretization!r}; only 'async' takes one interval per sample.")
+        raise ValueError(
+            f"gap is a tensor with discretization {discretization!r}; only 'async' takes one interval per sample."
+        )
     if gap.dim() > 2:
         raise ValueError(f"gap has shape {tuple(gap.shape)}; wanted (L,) or (batch, L).")
     return gap

@@ -40,7 +40,7 @@ def check_discretization(name: str, alpha: float) -> None:
         raise ValueError(f"discretization is {name!r}; choose one of {', '.join(DISCRETIZATIONS)}.")
     if not 0.5 <= alpha <= 1.0:
         raise ValueError(
-            f"alpha is {alpha}; the generalized bilinear transform is stable for alpha from 0.5 (bilinear) to 1 (backward Euler)."
+            f"alpha is {alpha}; the generalized bilinear transform is stable from 0.5 (bilinear) to 1 (backward Euler)."
         )
 
 

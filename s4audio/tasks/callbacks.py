@@ -113,7 +113,11 @@ class Progress(lightning.Callback):
 
     def on_validation_end(self, trainer: lightning.Trainer, task: lightning.LightningModule) -> None:
         self.validating += time.monotonic() - self.validation_started
-        scores = {name.removeprefix("valid/"): float(v) for name, v in trainer.callback_metrics.items() if name.startswith("valid/")}
+        scores = {
+            name.removeprefix("valid/"): float(v)
+            for name, v in trainer.callback_metrics.items()
+            if name.startswith("valid/")
+        }
         text = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
         self.console.print(f"step {trainer.global_step}: held out: {text}", highlight=False)
 

@@ -26,6 +26,9 @@ class GenerativeTask(lightning.LightningModule):
         betas: AdamW's.
         warmup_steps: of a linear rise of the learning rates.
         decay_steps: the step at which a half cosine brings the learning rates to 0; None keeps them.
+
+    Raises:
+        ValueError: ssm_lr is not in (0, 1e-3].
     """
 
     def __init__(
@@ -40,11 +43,13 @@ class GenerativeTask(lightning.LightningModule):
         decay_steps: int | None = None,
     ) -> None:
         super().__init__()
-        self.model, self.loss_weights = model, loss_weights or {}
-        self.lr, self.ssm_lr, self.weight_decay, self.betas = lr, ssm_lr, weight_decay, tuple(betas)
+        self.model: Any = model
+        self.loss_weights = loss_weights or {}
+        self.lr, self.ssm_lr, self.weight_decay, self.betas = lr, ssm_lr, weight_decay, betas
         self.warmup_steps, self.decay_steps = warmup_steps, decay_steps
+        parameter_groups(model, lr, ssm_lr, weight_decay)  # refuses a wrong rate now, not after the data is read
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """AdamW over two parameter groups, and the schedule."""
         groups = parameter_groups(self.model, self.lr, self.ssm_lr, self.weight_decay)
         optimizer = torch.optim.AdamW(groups, betas=self.betas)
@@ -65,8 +70,8 @@ class GenerativeTask(lightning.LightningModule):
         if not torch.isfinite(total):
             culprit = next((name for name, loss in losses.items() if not torch.isfinite(loss)), "sum")
             raise DivergenceError(
-                f"the {culprit} loss is {float(losses.get(culprit, total))} at step {self.global_step}. The last checkpoint is "
-                "from before; try a smaller lr or ssm_lr, more warmup_steps, or trainer.gradient_clip_val 1.0."
+                f"the {culprit} loss is {float(losses.get(culprit, total))} at step {self.global_step}. The last checkpoint "
+                "is from before; try a smaller lr or ssm_lr, more warmup_steps, or trainer.gradient_clip_val 1.0."
             )
         return total
 

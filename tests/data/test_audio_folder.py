@@ -1,0 +1,121 @@
+"""Audio folders: what is read, cut, padded and split, and that clips follow from (seed, position) alone."""
+
+import itertools
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from s4audio.audio import AudioError
+from s4audio.data import AudioFolder
+from s4audio.data.audio_folder import _TrainingClips, split_files, windows
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Four files of 1, 2, 3 and 0.1 s at 1 kHz; each file holds its number / 10."""
+    for number, seconds in enumerate((1.0, 2.0, 3.0, 0.1), start=1):
+        (tmp_path / "sub").mkdir(exist_ok=True)
+        soundfile.write(
+            tmp_path / "sub" / f"{number}.wav", np.full(round(1000 * seconds), number / 10), 1000, subtype="FLOAT"
+        )
+    return tmp_path
+
+
+def batches(data: AudioFolder, count: int) -> list[torch.Tensor]:
+    data.setup()
+    return list(itertools.islice(data.train_dataloader(), count))
+
+
+def test_every_file_appears_once_in_each_pass_and_short_ones_are_padded(folder):
+    data = AudioFolder(str(folder), 1000, valid=str(folder), clip_seconds=0.5, batch_size=4)
+    for batch in batches(data, 5):
+        assert batch.shape == (4, 1, 500)
+        assert sorted(round(10 * float(clip[0, 0])) for clip in batch) == [1, 2, 3, 4]
+        short = next(clip for clip in batch if round(10 * float(clip[0, 0])) == 4)
+        assert (short[0, :100] == 0.4).all() and (short[0, 100:] == 0).all()
+    assert data.describe()["train_files"] == 4 and data.describe()["train_seconds"] == 6.1
+
+
+def test_clips_come_from_everywhere_in_a_file():
+    file = torch.arange(1000.0).unsqueeze(0)
+    clips = _TrainingClips([file], 10, seed=0)
+    starts = torch.stack([clips[k][0, 0] for k in range(3000)])
+    assert starts.min() == 0 and starts.max() == 990
+    assert torch.histc(starts, 10, 0, 991).min() > 230  # uniform: 300 in each tenth
+
+
+def test_clips_follow_from_seed_and_position(folder):
+    first, again, other = (
+        torch.cat(batches(AudioFolder(str(folder), 1000, clip_seconds=0.5, batch_size=2, seed=s), 6)) for s in (0, 0, 1)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_workers_change_nothing(folder):
+    alone, helped = (
+        torch.cat(batches(AudioFolder(str(folder), 1000, clip_seconds=0.5, batch_size=2, num_workers=n), 6)) for n in (0, 1)
+    )
+    assert torch.equal(alone, helped)
+
+
+def test_whole_files_are_padded_to_the_longest_of_the_batch(folder):
+    (batch,) = batches(AudioFolder(str(folder), 1000, valid=str(folder), batch_size=4), 1)
+    assert batch.shape == (4, 1, 3000)
+    assert sorted((batch[:, 0] != 0).sum(1).tolist()) == [100, 1000, 2000, 3000]
+
+
+def test_split_is_by_file_seeded_and_never_empty(folder):
+    files = sorted(folder.rglob("*.wav"))
+    train, valid = split_files(files, 0.5, seed=0)
+    assert sorted(train + valid) == files and len(valid) == 2
+    assert split_files(files, 0.5, seed=0) == (train, valid)
+    assert any(split_files(files, 0.5, seed=s) != (train, valid) for s in range(1, 5))
+    assert [len(part) for part in split_files(files, 0.001, 0)] == [3, 1]
+    assert [len(part) for part in split_files(files, 0.999, 0)] == [1, 3]
+    with pytest.raises(AudioError, match="is the only audio file"):
+        split_files(files[:1], 0.1, 0)
+
+
+@pytest.mark.parametrize(("length", "expected"), [(1, 1), (100, 1), (149, 1), (150, 2), (200, 2), (260, 3)])
+def test_validation_windows_lie_side_by_side(length, expected):
+    audio = 1 + torch.arange(float(length)).unsqueeze(0)
+    clips = windows(audio, 100)
+    assert len(clips) == expected and all(clip.shape == (1, 100) for clip in clips)
+    covered = torch.cat(clips, -1)[..., :length]
+    assert torch.equal(covered, audio[..., : covered.shape[-1]])
+
+
+def test_bad_files_are_skipped_and_named(folder):
+    (folder / "broken.wav").write_bytes(b"nothing")
+    data = AudioFolder(str(folder), 1000, valid=str(folder), clip_seconds=0.5)
+    data.setup()
+    assert data.describe()["train_files"] == 4
+    assert len(data.skipped) == 2 and "broken.wav" in data.skipped[0]
+
+
+def test_a_folder_of_bad_files_is_refused(tmp_path):
+    for name in ("a.wav", "b.wav"):
+        (tmp_path / name).write_bytes(b"nothing")
+    with pytest.raises(AudioError, match="none of the 1 audio files could be read"):
+        AudioFolder(str(tmp_path), 1000).setup()
+
+
+def test_peak_normalization_is_by_file(folder):
+    data = AudioFolder(str(folder), 1000, valid=str(folder), clip_seconds=0.5, normalize="peak")
+    assert all((batch.amax((1, 2)) == 1).all() for batch in batches(data, 3))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"normalize": "loud"}, "normalize is 'loud'"),
+        ({"sample_rate": 0}, "all must be positive"),
+        ({"clip_seconds": -1.0}, "all must be positive"),
+        ({"valid_fraction": 1.0}, "valid_fraction is 1.0"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        AudioFolder("x", **{"sample_rate": 1000, **arguments})

@@ -1,0 +1,98 @@
+"""Model folders: whole, safe, and refused in a sentence when they are not what they should be."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from s4audio import CausalAutoencoder, S4DAutoencoder, S4Model, checkpoint
+from s4audio.checkpoint import CheckpointError, load, read_config, save
+
+MODELS = {
+    "CausalAutoencoder": lambda: CausalAutoencoder(8000, strides=(2,), widths=(4, 4), d_state=4),
+    "S4DAutoencoder": lambda: S4DAutoencoder(3000, final_gelu=False),
+    "S4Model": lambda: S4Model(3, 10, d_model=4, num_layers=1, layer="S4", d_state=4),
+}
+
+
+def test_every_savable_model_is_tested():
+    assert set(MODELS) == set(checkpoint.MODELS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_loaded_model_is_the_saved_one(tmp_path, name):
+    model = MODELS[name]()
+    save(model, tmp_path / "run" / "best", training={"steps": 3})
+    loaded = load(tmp_path / "run" / "best")
+    audio = torch.randn(1, 3 if name == "S4Model" else 1, 50)
+    assert torch.equal(loaded(audio), model(audio)) and not loaded.training
+    assert read_config(tmp_path / "run" / "best")["training"] == {"steps": 3}
+
+
+def test_saving_again_replaces_and_leaves_nothing_else(tmp_path):
+    for steps in (1, 2):
+        save(MODELS["S4DAutoencoder"](), tmp_path / "model", training={"steps": steps})
+    assert read_config(tmp_path / "model")["training"] == {"steps": 2}
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_failed_save_keeps_the_old_model(tmp_path, monkeypatch):
+    save(MODELS["S4DAutoencoder"](), tmp_path / "model", training={"steps": 1})
+
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", no_space)
+    with pytest.raises(OSError, match="No space left"):
+        save(MODELS["S4DAutoencoder"](), tmp_path / "model", training={"steps": 2})
+    assert load(tmp_path / "model") is not None and read_config(tmp_path / "model")["training"] == {"steps": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_only_known_models_are_saved(tmp_path):
+    with pytest.raises(CheckpointError, match="Linear is not a model that can be saved"):
+        save(nn.Linear(1, 1), tmp_path / "model")
+
+
+def damage(path, how):
+    config = json.loads((path / "config.json").read_text())
+    if how == "no config":
+        (path / "config.json").unlink()
+    elif how == "not json":
+        (path / "config.json").write_text("{")
+    elif how == "a list":
+        (path / "config.json").write_text("[]")
+    elif how == "unknown class":
+        (path / "config.json").write_text(json.dumps({**config, "class": "os.system"}))
+    elif how == "unknown argument":
+        (path / "config.json").write_text(json.dumps({**config, "arguments": {"sample_rate": 1, "evil": 2}}))
+    elif how == "wrong type":
+        (path / "config.json").write_text(json.dumps({**config, "arguments": {"sample_rate": 1, "d_state": "ten"}}))
+    elif how == "other size":
+        (path / "config.json").write_text(json.dumps({**config, "arguments": {**config["arguments"], "d_state": 4}}))
+    elif how == "no weights":
+        (path / "model.safetensors").unlink()
+    elif how == "truncated weights":
+        (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:100])
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("no config", "is not a model: it has no config.json"),
+        ("not json", "is damaged"),
+        ("a list", "is damaged"),
+        ("unknown class", "is damaged or from another program"),
+        ("unknown argument", "S4DAutoencoder has no argument 'evil'"),
+        ("wrong type", "the arguments do not fit S4DAutoencoder"),
+        ("other size", "does not fit S4DAutoencoder"),
+        ("no weights", "model.safetensors is missing or damaged"),
+        ("truncated weights", "model.safetensors is missing or damaged"),
+    ],
+)
+def test_a_damaged_folder_is_refused(tmp_path, how, message):
+    save(MODELS["S4DAutoencoder"](), tmp_path / "model")
+    damage(tmp_path / "model", how)
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path / "model")
