@@ -64,7 +64,7 @@ def main() -> None:
     )
     for name, s in splits.items():
         print(
-            f"{name:>6}: MSE {s['mse']:.5f} (silence {s['silence_mse']:.5f}), "
+            f"{name:>6}: MSE {s['mse']:.3g} (silence {s['silence_mse']:.3g}), "
             f"SI-SDR {s['si_sdr_db']:.2f} ± {s['si_sdr_db_std']:.2f} dB, "
             f"log-spectral distance {s['log_spectral_distance_db']:.2f} dB, "
             f"{s['files']} files, {s['real_time_factor']:.0f}x real time"

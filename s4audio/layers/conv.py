@@ -68,13 +68,12 @@ class CausalConvTranspose1d(nn.Module):
         super().__init__()
         if not 1 <= stride <= kernel_size:
             raise ValueError(f"kernel_size is {kernel_size} and stride {stride}; wanted 1 <= stride <= kernel_size.")
-        self.conv = nn.ConvTranspose1d(in_channels, out_channels, kernel_size, stride, bias=False)
-        self.bias = nn.Parameter(torch.zeros(out_channels))  # apart: blocks that overlap must add it once
+        self.conv = nn.ConvTranspose1d(in_channels, out_channels, kernel_size, stride)
         self.stride, self.overlap = stride, kernel_size - stride
 
     def forward(self, u: Tensor) -> Tensor:
         """(B, in, L) -> (B, out, L stride)"""
-        return self.conv(u)[..., : u.shape[-1] * self.stride] + self.bias.unsqueeze(-1)
+        return self.conv(u)[..., : u.shape[-1] * self.stride]
 
     def initial_state(self, batch_size: int) -> ConvState:
         """What frames before the first add to the output: nothing."""
@@ -84,7 +83,8 @@ class CausalConvTranspose1d(nn.Module):
         """A block of any number of frames -> their samples, and what they add to the samples after."""
         if u.shape[-1] == 0:
             return u.new_zeros(u.shape[0], self.conv.out_channels, 0), state
-        y = self.conv(u)
+        assert self.conv.bias is not None  # for mypy; nn.ConvTranspose1d has one unless told otherwise
+        y = F.conv_transpose1d(u, self.conv.weight, stride=self.stride)  # the tails overlap, so the bias comes last
         y = torch.cat([y[..., : self.overlap] + state.kept, y[..., self.overlap :]], dim=-1)
         complete = u.shape[-1] * self.stride
-        return y[..., :complete] + self.bias.unsqueeze(-1), ConvState(y[..., complete:])
+        return y[..., :complete] + self.conv.bias.unsqueeze(-1), ConvState(y[..., complete:])

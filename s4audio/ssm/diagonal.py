@@ -45,44 +45,49 @@ def diagonal_system(
     Source: Gu et al. 2022, "On the parameterization and initialization of diagonal state space models".
     """
     check_discretization(discretization, alpha)
-    per_sample = check_gap(gap, discretization)
-    if A.dim() != 2 or B.shape[-1] != A.shape[-1] or C.shape[-1] != A.shape[-1]:
-        raise ValueError(
-            f"A, B and C must be (H, modes) with equal modes; got {tuple(A.shape)}, {tuple(B.shape)}, {tuple(C.shape)}."
-        )
+    check_gap(gap, discretization)
+    check_shapes(dt, A=A, B=B, C=C)
     dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), C.dtype)
-    wide = torch.complex128 if dtype.is_complex else torch.float64
     dt = dt.reshape(-1, 1).double() * rate
     z = dt * A.to(torch.complex128)
     log_A_bar, B_bar = DIAGONAL[discretization](z, B.to(torch.complex128), dt, alpha)
     if not dtype.is_complex:
         B_bar = B_bar.real
-    if isinstance(gap, (int, float)):
-        log_A_bar = log_A_bar * gap
-    B_bar = B_bar.to(wide).to(dtype)
-    return DiagonalSystem(log_A_bar, B_bar, C.to(dtype).expand_as(B_bar), per_sample)
+    per_sample = gap if isinstance(gap, Tensor) else None
+    if per_sample is None:
+        log_A_bar = log_A_bar * float(gap)
+    return DiagonalSystem(log_A_bar, B_bar.to(dtype), C.to(dtype), per_sample)
 
 
-def check_gap(gap: float | Tensor, discretization: str) -> Tensor | None:
-    """The gap if it is a tensor, that is one a sample, else None.
+def check_gap(gap: float | Tensor, discretization: str) -> None:
+    """Refuse intervals that the scheme cannot take.
 
     Raises:
         ValueError: a gap with another scheme than async, a negative gap, or a tensor that is not (L,) or (batch, L).
     """
-    if isinstance(gap, Tensor) and gap.dim() == 0:
+    if isinstance(gap, Tensor):
+        if discretization != "async":
+            raise ValueError(f"gap is a tensor with discretization {discretization!r}; only 'async' takes one per sample.")
+        if gap.dim() not in (1, 2):
+            raise ValueError(f"gap has shape {tuple(gap.shape)}; wanted a number, or one per sample: (L,) or (batch, L).")
+    elif gap != 1.0 and discretization != "async":
+        raise ValueError(f"gap is {gap} with discretization {discretization!r}; only 'async' takes intervals.")
+    if (torch.as_tensor(gap) < 0).any():
+        raise ValueError(f"gap is {torch.as_tensor(gap).min():g}; an interval cannot be negative.")
+
+
+def check_shapes(dt: Tensor, **parameters: Tensor) -> None:
+    """Refuse parameters that are not all (H, modes), and a dt that is not (H, 1) or (H,).
+
+    Raises:
+        ValueError: they differ.
+    """
+    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    channels = len(next(iter(parameters.values())))
+    if any(p.dim() != 2 for p in parameters.values()) or len(set(shapes.values())) != 1:
+        found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"{', '.join(shapes)} must all be (H, modes); got {found}.")
+    if tuple(dt.shape) not in ((channels, 1), (channels,)):
         raise ValueError(
-            "gap is a tensor without dimensions; give a number, or one interval per sample: (L,) or (batch, L)."
+            f"dt has shape {tuple(dt.shape)}; wanted ({channels}, 1) or ({channels},), one step size a channel."
         )
-    if not isinstance(gap, Tensor):
-        if gap != 1.0 and discretization != "async":
-            raise ValueError(f"gap is {gap} with discretization {discretization!r}; only 'async' takes intervals.")
-        if gap < 0:
-            raise ValueError(f"gap is {gap}; an interval cannot be negative.")
-        return None
-    if discretization != "async":
-        raise ValueError(
-            f"gap is a tensor with discretization {discretization!r}; only 'async' takes one interval per sample."
-        )
-    if gap.dim() > 2:
-        raise ValueError(f"gap has shape {tuple(gap.shape)}; wanted (L,) or (batch, L).")
-    return gap

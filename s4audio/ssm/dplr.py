@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from s4audio.ssm.diagonal import check_gap
+from s4audio.ssm.diagonal import check_gap, check_shapes
 from s4audio.ssm.discretize import DENSE, check_discretization
 
 
@@ -58,19 +58,16 @@ def dplr_system(
     Source: Gu et al. 2022, "Efficiently modeling long sequences with structured state spaces".
     """
     check_discretization(discretization, alpha)
-    per_sample = check_gap(gap, discretization)
-    shapes = [tuple(p.shape) for p in (A, P, B, C)]
-    if A.dim() != 2 or any(shape[-1] != A.shape[-1] for shape in shapes):
-        raise ValueError(f"A, P, B and C must be (H, N/2) with equal N/2; got {', '.join(map(str, shapes))}.")
+    check_gap(gap, discretization)
+    check_shapes(dt, A=A, P=P, B=B, C=C)
     if not A.is_complex():
         raise ValueError(f"A is {A.dtype}; a diagonal-plus-low-rank system takes complex modes, one of each conjugate pair.")
-    A, P, B = (torch.broadcast_to(p, C.shape) for p in (A, P, B))
     dt = dt.reshape(-1, 1).double() * rate
     Z = dt.unsqueeze(-1) * real_matrix(A, P)
-    interval = gap if isinstance(gap, (int, float)) else 1.0
     A_bar, B_bar = DENSE[discretization](Z, real_vector(B), dt, alpha)
-    if interval != 1.0:
-        A_bar = torch.matrix_exp(Z * interval)
+    per_sample = gap if isinstance(gap, Tensor) else None
+    if per_sample is None and gap != 1.0:
+        A_bar = torch.matrix_exp(Z * float(gap))
     family = {"bilinear": 0.5, "generalized_bilinear": alpha}
     return DPLRSystem(A_bar, B_bar, C, A, P, B, dt, family.get(discretization), per_sample)
 

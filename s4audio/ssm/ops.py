@@ -50,16 +50,24 @@ def run(system: System, u: Tensor, state: Tensor | None = None) -> tuple[Tensor,
     with torch.autocast(u.device.type, enabled=False):
         working = u if u.dtype == torch.float64 else u.float()
         x = _to_real(system, state, working)
-        if system.gap is not None and system.gap.shape[-1] != u.shape[-1]:
-            raise ValueError(f"the system has {system.gap.shape[-1]} intervals and u has {u.shape[-1]} samples.")
+        if system.gap is not None:
+            _check_gaps(system.gap, u)
         implementation = reference if _backend.get() == "reference" else chunk
         y, x = implementation.run(system, working, x)
         return y.to(u.dtype), _to_state(system, x)
 
 
 def step(system: System, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """One sample by the recurrence: y (batch, H, 1) and the next state from u (batch, H, 1) and a state as in `run`."""
+    """One sample by the recurrence: y (batch, H, 1) and the next state from u (batch, H, 1) and a state as in `run`.
+
+    Raises:
+        ValueError: as `run`; u is not one sample; the system has one gap per sample.
+    """
     _check_input(system, u)
+    if u.shape[-1] != 1:
+        raise ValueError(f"u has {u.shape[-1]} samples; a step takes one. Use run for more.")
+    if system.gap is not None:
+        raise ValueError("a system with one gap per sample varies in time and has no step of its own; use run.")
     with torch.autocast(u.device.type, enabled=False):
         working = u if u.dtype == torch.float64 else u.float()
         y, x = reference.step(system, working[..., 0], _to_real(system, state, working))
@@ -97,6 +105,13 @@ def _check_input(system: System, u: Tensor) -> None:
         raise ValueError(f"u has shape {tuple(u.shape)}; wanted (batch, {system.C.shape[0]}, length).")
     if not u.is_floating_point():
         raise ValueError(f"u is {u.dtype}; wanted a real floating-point tensor.")
+
+
+def _check_gaps(gap: Tensor, u: Tensor) -> None:
+    if gap.shape[-1] != u.shape[-1]:
+        raise ValueError(f"the system has {gap.shape[-1]} intervals and u has {u.shape[-1]} samples.")
+    if gap.dim() == 2 and gap.shape[0] != u.shape[0]:
+        raise ValueError(f"the system has intervals for {gap.shape[0]} sequences and u is a batch of {u.shape[0]}.")
 
 
 def _to_real(system: System, state: Tensor | None, u: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ def cauchy_kernel(system: DPLRSystem, length: int) -> Tensor:
     divided by 1 + z, which is zero at the Nyquist frequency.
 
     Raises:
-        ValueError: the scheme is not of the bilinear family.
+        ValueError: the scheme is not of the bilinear family, or a pole is exactly at zero and so on the unit circle.
     """
     if system.alpha is None:
         raise ValueError("the Cauchy kernel exists for the bilinear family only; use dense_kernel for this scheme.")
@@ -89,7 +89,10 @@ def cauchy_kernel(system: DPLRSystem, length: int) -> Tensor:
     turn = -2 * torch.pi / length * torch.arange(length // 2 + 1, dtype=torch.float64, device=C.device)
     z = torch.complex(torch.cos(turn), torch.sin(turn))
     s = system.dt * (system.alpha + (1 - system.alpha) * z)  # (H, L/2 + 1)
-    resolvent = 1 / ((1 - z) - s.unsqueeze(1) * Lambda.unsqueeze(-1))  # (H, N, L/2 + 1)
+    denominator = (1 - z) - s.unsqueeze(1) * Lambda.unsqueeze(-1)  # (H, N, L/2 + 1)
+    if (denominator == 0).any():
+        raise ValueError("a pole of A is exactly at zero, where the Cauchy kernel divides by zero; damp it a little.")
+    resolvent = 1 / denominator
 
     def cauchy(left: Tensor, right: Tensor) -> Tensor:
         return torch.einsum("hn,hnl->hl", left * right, resolvent)
