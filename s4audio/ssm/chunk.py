@@ -24,7 +24,7 @@ from torch import Tensor
 from s4audio.ssm.diagonal import DiagonalSystem
 from s4audio.ssm.dplr import DPLRSystem, real_matrix, real_vector
 
-GROUP = 16  # chunks that advance side by side in a scan; 8 and 32 time the same
+GROUP = 16  # chunks that advance side by side in a scan, a power of two; 8 and 32 time the same
 SEGMENT = 128  # samples at a time of a time-varying system: bounds the memory of its states
 
 
@@ -39,7 +39,10 @@ def chunk_length(length: int) -> int:
 
 
 class Carry(NamedTuple):
-    """What a chunk does to a state row [Re x, Im x]: a product with the complex diagonal re + i im, or with a matrix."""
+    """What a chunk does to a state row [Re x, Im x]: a product with the complex diagonal re + i im, or with a matrix.
+
+    It stays in float64 until it meets the states: its rounding would come back in every later chunk.
+    """
 
     re: Tensor  # (H, N/2); (H, N) for real modes; (H, S, S) for a matrix, applied from the right
     im: Tensor | None  # (H, N/2), None for real modes and for a matrix
@@ -51,6 +54,10 @@ class Carry(NamedTuple):
     def adjoint(self) -> "Carry":
         """The carry of the gradient: the conjugate diagonal, or the transposed matrix."""
         return Carry(self.re.mT, None) if self.is_matrix else Carry(self.re, None if self.im is None else -self.im)
+
+    def to(self, dtype: torch.dtype) -> "Carry":
+        """The same in the states' precision."""
+        return Carry(self.re.to(dtype), None if self.im is None else self.im.to(dtype))
 
     def squared(self) -> "Carry":
         """The carry over twice the length."""
@@ -92,7 +99,7 @@ def run(system: DiagonalSystem | DPLRSystem, u: Tensor, x: Tensor) -> tuple[Tens
         last = u[..., num_chunks * T :].transpose(0, 1)  # (H, B, rest)
         tail = torch.baddbmm(torch.bmm(last, operators.toeplitz[:, :rest, :rest]), x, operators.Q[..., :rest])
         Z = torch.bmm(last, operators.P[:, T - rest :]).unsqueeze(2)
-        _, x = scan(carry_over(system, rest, u.dtype), Z, x)
+        _, x = scan(carry_over(system, rest), Z, x)
         y = torch.cat([y, tail.transpose(0, 1)], dim=-1)
     return y, x
 
@@ -128,7 +135,7 @@ class _Scan(torch.autograd.Function):
         reversed_Lambda, dx = scan(Carry(re, im).adjoint(), dX.flip(2), dlast)
         Lambda = reversed_Lambda.flip(2)
         dre, dim = _carry_gradient(Carry(re, im), X, Lambda)
-        return dre, dim, Lambda, dx
+        return dre.to(re.dtype), None if dim is None else dim.to(re.dtype), Lambda, dx
 
 
 def _scan_into(X: Tensor, A: Carry, Z: Tensor, x: Tensor) -> Tensor:
@@ -138,15 +145,15 @@ def _scan_into(X: Tensor, A: Carry, Z: Tensor, x: Tensor) -> Tensor:
     to learn what each group adds, and once from the true states, which a scan over the groups has found.
     """
     num_groups, rest = divmod(Z.shape[2], GROUP)
-    if num_groups <= 2:
+    if num_groups <= 2:  # too few to gain by it
         num_groups, rest = 0, Z.shape[2]
+    A_group, A = A, A.to(Z.dtype)
     if num_groups:
         grouped = Z[:, :, : num_groups * GROUP].unflatten(2, (num_groups, GROUP)).unbind(3)  # GROUP x (H, B, J, S)
         added = grouped[0].clone()
         scratch = torch.empty_like(added)
         for z in grouped[1:]:
             added, scratch = _advance(A, added, z, out=scratch), added
-        A_group = A
         for _ in range(GROUP.bit_length() - 1):
             A_group = A_group.squared()
         states = X[:, :, : num_groups * GROUP].unflatten(2, (num_groups, GROUP)).unbind(3)
@@ -192,12 +199,12 @@ def powers(system: DiagonalSystem, exponents: Tensor) -> tuple[Tensor, Tensor]:
     return magnitude * torch.cos(angle), magnitude * torch.sin(angle)
 
 
-def carry_over(system: DiagonalSystem | DPLRSystem, length: int, dtype: torch.dtype) -> Carry:
+def carry_over(system: DiagonalSystem | DPLRSystem, length: int) -> Carry:
     """The carry over `length` samples."""
     if isinstance(system, DPLRSystem):
-        return Carry(torch.linalg.matrix_power(system.A_bar, length).mT.to(dtype), None)
+        return Carry(torch.linalg.matrix_power(system.A_bar, length).mT, None)
     re, im = powers(system, torch.tensor([length], dtype=torch.float64, device=system.C.device))
-    return Carry(re[..., 0].to(dtype), im[..., 0].to(dtype) if system.C.is_complex() else None)
+    return Carry(re[..., 0], im[..., 0] if system.C.is_complex() else None)
 
 
 def toeplitz(K: Tensor) -> Tensor:
@@ -208,17 +215,18 @@ def toeplitz(K: Tensor) -> Tensor:
 
 def diagonal_operators(system: DiagonalSystem, T: int, dtype: torch.dtype) -> Operators:
     """The operators of S4D, from log A_bar."""
-    re, im = (w.to(dtype) for w in powers(system, torch.arange(T + 1, dtype=torch.float64, device=system.C.device)))
+    wide_re, wide_im = powers(system, torch.arange(T + 1, dtype=torch.float64, device=system.C.device))
+    re, im = wide_re.to(dtype), wide_im.to(dtype)
     if not system.C.is_complex():
         B, C = system.B_bar.to(dtype).unsqueeze(-1), 2 * system.C.to(dtype).unsqueeze(-1)
         P, Q = re[..., :T] * B, re[..., 1:] * C
         K = (C * P).sum(1)
-        return Operators(toeplitz(K), P.flip(-1).mT, Q, Carry(re[..., T], None))
+        return Operators(toeplitz(K), P.flip(-1).mT, Q, Carry(wide_re[..., T], None))
     B, C = system.B_bar.to(dtype.to_complex()).unsqueeze(-1), 2 * system.C.to(dtype.to_complex()).unsqueeze(-1)
     P = torch.cat([re * B.real - im * B.imag, re * B.imag + im * B.real], dim=1)[..., :T]
     Q = torch.cat([re * C.real - im * C.imag, -re * C.imag - im * C.real], dim=1)[..., 1:]
     K = (torch.cat([C.real, -C.imag], dim=1) * P).sum(1)
-    return Operators(toeplitz(K), P.flip(-1).mT, Q, Carry(re[..., T], im[..., T]))
+    return Operators(toeplitz(K), P.flip(-1).mT, Q, Carry(wide_re[..., T], wide_im[..., T]))
 
 
 def dense_operators(system: DPLRSystem, T: int, dtype: torch.dtype) -> Operators:
@@ -231,7 +239,7 @@ def dense_operators(system: DPLRSystem, T: int, dtype: torch.dtype) -> Operators
         Q = torch.cat([Q, A.mT @ Q], dim=-1)
         A = A @ A
     K = (C.unsqueeze(-2) @ P).squeeze(-2)
-    return Operators(toeplitz(K).to(dtype), P.flip(-1).mT.to(dtype), Q.to(dtype), Carry(A.mT.to(dtype), None))
+    return Operators(toeplitz(K).to(dtype), P.flip(-1).mT.to(dtype), Q.to(dtype), Carry(A.mT, None))
 
 
 def run_varying(system: DiagonalSystem | DPLRSystem, u: Tensor, x: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:

@@ -70,10 +70,13 @@ def check_gap(gap: float | Tensor, discretization: str) -> None:
             raise ValueError(f"gap is a tensor with discretization {discretization!r}; only 'async' takes one per sample.")
         if gap.dim() not in (1, 2):
             raise ValueError(f"gap has shape {tuple(gap.shape)}; wanted a number, or one per sample: (L,) or (batch, L).")
-    elif gap != 1.0 and discretization != "async":
-        raise ValueError(f"gap is {gap} with discretization {discretization!r}; only 'async' takes intervals.")
-    if (torch.as_tensor(gap) < 0).any():
-        raise ValueError(f"gap is {torch.as_tensor(gap).min():g}; an interval cannot be negative.")
+        smallest = gap.detach().min().item() if gap.numel() else 0.0
+    else:
+        if gap != 1.0 and discretization != "async":
+            raise ValueError(f"gap is {gap} with discretization {discretization!r}; only 'async' takes intervals.")
+        smallest = float(gap)
+    if not smallest >= 0:  # nan neither
+        raise ValueError(f"gap is {smallest:g}; an interval cannot be negative.")
 
 
 def check_shapes(dt: Tensor, **parameters: Tensor) -> None:

@@ -60,8 +60,9 @@ def dplr_system(
     check_discretization(discretization, alpha)
     check_gap(gap, discretization)
     check_shapes(dt, A=A, P=P, B=B, C=C)
-    if not A.is_complex():
-        raise ValueError(f"A is {A.dtype}; a diagonal-plus-low-rank system takes complex modes, one of each conjugate pair.")
+    for name, parameter in (("A", A), ("P", P), ("B", B), ("C", C)):
+        if not parameter.is_complex():
+            raise ValueError(f"{name} is {parameter.dtype}; such a system takes complex modes, one of each conjugate pair.")
     dt = dt.reshape(-1, 1).double() * rate
     Z = dt.unsqueeze(-1) * real_matrix(A, P)
     A_bar, B_bar = DENSE[discretization](Z, real_vector(B), dt, alpha)

@@ -20,7 +20,10 @@ def legs(d_state: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def fout(d_state: int) -> tuple[Tensor, Tensor, Tensor]:
-    """HiPPO-FouT (truncated Fourier) as real A (N, N), B (N,) and the low-rank P (N,) with A + P P^T normal."""
+    """HiPPO-FouT (truncated Fourier) as real A (N, N), B (N,) and the low-rank P (N,) with A + P P^T normal.
+
+    In the convention of the public S4 code, half of the paper's A and B: the window is two units of time long.
+    """
     frequency = math.pi * torch.arange(d_state // 2, dtype=torch.float64)
     rotation = torch.stack([torch.zeros_like(frequency), frequency], dim=-1).flatten()[1:]
     B = torch.zeros(d_state, dtype=torch.float64)

@@ -1,5 +1,8 @@
 """Initial state spaces: INITS[name](d_state) -> (A, B, P), each (N/2,) complex128; P is None where there is no low rank.
 
+Of each conjugate pair one is kept: positive frequencies in lin and inv, negative ones in legs and fout, as eigh sorts them.
+FouT's modes are undamped, Re A = 0; the layers floor it.
+
 Source: Gu et al. 2022, "On the parameterization and initialization of diagonal state space models" (legs, lin, inv,
 real); "How to train your HiPPO" (fout).
 """

@@ -1,5 +1,5 @@
 """The definition of correct: each operation in its most literal form. Slow and hungry on purpose; tests and benchmarks
-hold the engine against it.
+hold the engine against it, in float64: sample by sample in float32 it rounds 10 to 50 times more than the engine.
 
 * `run`: the recurrence, sample by sample.
 * `vandermonde_kernel`: the SSM kernel of S4D as a sum of powers.

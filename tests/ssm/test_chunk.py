@@ -90,8 +90,7 @@ def test_engine_equals_recurrence_with_long_chunks_and_a_rest(kind, init, discre
 @pytest.mark.parametrize("kind, init", FAMILIES)
 @pytest.mark.parametrize("discretization", ["bilinear", "zoh"])
 def test_engine_equals_recurrence_with_many_chunks(discretization, kind, init, many_chunks):
-    # A chunk's carry is rounded to float32 and used once a chunk, so that hundreds of chunks add up: measured 1e-5.
-    check_against_recurrence(kind, init, discretization, 1000, float32=4e-5)
+    check_against_recurrence(kind, init, discretization, 1000)
 
 
 @pytest.mark.parametrize("kind, init", FAMILIES)
@@ -287,7 +286,7 @@ def test_channels_and_rows_do_not_mix():
 @pytest.mark.parametrize("init", ["fout", "lin"])
 @pytest.mark.parametrize("discretization", ["bilinear", "zoh"])
 def test_ninety_thousand_samples_equal_scipy_lfilter(discretization, init):
-    """The poles one by one through scipy's filter, in float64. Measured in float32: undamped 8e-6, lin 3e-7."""
+    """The poles one by one through scipy's filter, in float64. Measured in float32: undamped 7e-7, lin 3e-7."""
     values = parameters("diagonal", init, d_state=16)
     u = torch.randn(1, 3, 90_000, dtype=torch.float32).double()
     wanted, final = np.zeros(u.shape), np.zeros((1, 3, 8), complex)
@@ -304,8 +303,8 @@ def test_ninety_thousand_samples_equal_scipy_lfilter(discretization, init):
     assert error(y, wanted) < 1e-10
     assert error(state, final) < 1e-10
     y, state = run_engine(discretize(values, discretization, torch.float32), u.float())
-    assert error(y, wanted) < 1e-5
-    assert error(state, final) < 2e-5
+    assert error(y, wanted) < 2e-6
+    assert error(state, final) < 2e-6
 
 
 @pytest.mark.parametrize("kind, init", [("dplr", "fout"), ("dplr", "legs"), ("real modes", "real")])
@@ -314,8 +313,8 @@ def test_ninety_thousand_samples_in_float32_stay_near_float64(kind, init):
     u = torch.randn(1, 3, 90_000, dtype=torch.float32)
     wanted, final = run_engine(discretize(values, "zoh"), u.double())
     y, state = run_engine(discretize(values, "zoh", torch.float32), u)
-    assert error(y, wanted) < 1e-5
-    assert error(state, final) < 5e-5  # FouT's zero mode sums up; it hardly reaches y
+    assert error(y, wanted) < 2e-6
+    assert error(state, final) < 1e-5  # FouT's zero mode sums up; it hardly reaches y
 
 
 # Gradients

@@ -252,5 +252,5 @@ def test_any_kind_of_number_is_a_gap(kind, number):
 
 def test_dplr_with_a_real_A():
     A = -torch.ones(2, 4)
-    with pytest.raises(ValueError, match=r"A is torch.float32; a diagonal-plus-low-rank system takes complex modes"):
+    with pytest.raises(ValueError, match=r"A is torch.float32; such a system takes complex modes"):
         dplr_system(A, A, A, A, torch.ones(2, 1))
