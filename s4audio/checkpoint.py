@@ -6,8 +6,6 @@ Loading builds a class of this package from a list below and fills in numbers; n
 import inspect
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ class CheckpointError(ValueError):
 
 
 def save(model: nn.Module, path: str | Path, training: dict[str, Any] | None = None) -> None:
-    """Writes the model folder, whole or not at all; an older one at the same place is replaced.
+    """Writes the two files of the model folder; each appears whole, in the place of an older one, or not at all.
 
     Args:
         model: one of MODELS. Every constructor argument must stand as an attribute of the same name.
@@ -41,24 +39,19 @@ def save(model: nn.Module, path: str | Path, training: dict[str, Any] | None = N
     if name not in MODELS:
         raise CheckpointError(f"{name} is not a model that can be saved; known are {', '.join(MODELS)}.")
     arguments = {argument: getattr(model, argument) for argument in _signature(name)}
-    config = {"class": name, "arguments": arguments, "training": training or {}}
-    path = Path(path).absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    config = json.dumps({"class": name, "arguments": arguments, "training": training or {}}, indent=2) + "\n"
+    weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    new = {file: path / f".{file}.new" for file in (WEIGHTS, CONFIG)}
     try:
-        (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        save_file({key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}, temporary / WEIGHTS)
-        temporary.chmod(0o755)
-        if path.is_dir():
-            outgoing = temporary.with_name(temporary.name + ".old")
-            os.replace(path, outgoing)
-            os.replace(temporary, path)
-            shutil.rmtree(outgoing)
-        else:
-            os.replace(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        save_file(weights, new[WEIGHTS])
+        new[CONFIG].write_text(config)
+        for file, temporary in new.items():
+            os.replace(temporary, path / file)
+    finally:
+        for temporary in new.values():
+            temporary.unlink(missing_ok=True)
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 
 from s4audio import __version__, checkpoint
@@ -43,24 +44,70 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:  # AudioError and CheckpointError are ValueErrors
         return _fail(str(error))
     except RuntimeError as error:
-        print(f"s4audio: {error}", file=sys.stderr)
-        return 1
+        return _fail(str(error), status=1)
     return 0
 
 
-def _fail(sentence: str) -> int:
-    print(f"s4audio: {sentence}", file=sys.stderr)
-    return 2
+def _fail(message: str, status: int = 2) -> int:
+    print(f"s4audio: {' '.join(message.split())}", file=sys.stderr)
+    return status
 
 
 def fit(arguments: list[str]) -> None:
     """Trains what a recipe says, or goes on with the run that is already in its folder."""
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    from s4audio.tasks.callbacks import TRAINER_CHECKPOINT
+
+    # Lightning's notes on hardware, loggers and worker counts are not for the person who waits for a sound.
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")
+    try:
+        cli = _recipe_cli(arguments)
+    except MisconfigurationException as error:
+        raise ValueError(f"the trainer refuses the recipe: {error}") from error
+    out, data, resume = Path(cli.config["out"]), cli.training, Path(cli.config["out"]) / TRAINER_CHECKPOINT
+    print(
+        f"data: {data['train_files']} files ({data['train_seconds'] / 60:.1f} min) to train on, {data['valid_files']} "
+        f"({data['valid_seconds'] / 60:.1f} min) held out, {len(data['skipped'])} skipped, at {data['sample_rate']} Hz"
+    )
+    for sentence in data["skipped"]:
+        print(f"skipped: {sentence}")
+    recipe = yaml.safe_load(cli.parser.dump(cli.config, skip_validation=True))
+    if resume.exists():
+        steps = _steps_of(resume)
+        _refuse_another_recipe(recipe, out / "recipe.yaml")
+        print(f"{out} holds a run of {steps} steps; going on from there to {cli.trainer.max_steps}.")
+        if 0 < cli.trainer.max_steps <= steps:
+            print("It is finished; nothing was changed. A larger --trainer.max_steps extends it.")
+            return
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    try:
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=str(resume) if resume.exists() else None, weights_only=True)
+    except MisconfigurationException as error:
+        raise ValueError(f"the trainer refuses the recipe: {error}") from error
+    except SystemExit:  # what Lightning makes of Ctrl-C, after the run folder has saved
+        print(f"\nstopped at step {cli.trainer.global_step} and saved; the same command goes on from there.")
+        raise SystemExit(130) from None
+    print(f"\nmodel:    {out / 'best'} (best on the held-out clips) and {out / 'last'}")
+    print(f"curves:   tensorboard --logdir {out}")
+    print(f"generate: s4audio generate {out / 'best'} --from noise --num 4 --seconds 10 --out generated")
+
+
+def _recipe_cli(arguments: list[str]) -> Any:
+    """The trainer, the task and the data that a recipe and the options after it describe.
+
+    Raises:
+        ValueError: a key that does not exist, a wrong value, or parts that do not fit each other.
+    """
     import jsonargparse
     import lightning
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    from s4audio.tasks.callbacks import TRAINER_CHECKPOINT, Progress, RunFolder
+    from s4audio.tasks.callbacks import Progress, RunFolder
 
     class RecipeCLI(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -71,59 +118,86 @@ def fit(arguments: list[str]) -> None:
 
         def instantiate_classes(self) -> None:
             """Adds what the run writes and shows to the trainer that the recipe describes."""
-            out = Path(self.config["out"])
+            out, trainer = Path(self.config["out"]), self.config["trainer"]
+            if trainer["devices"] not in (1, "1", "auto"):
+                raise ValueError(f"trainer.devices is {trainer['devices']}; this version trains on one device.")
+            if trainer["logger"] is not None:
+                raise ValueError("trainer.logger is set; a run always writes TensorBoard files into its folder.")
             try:
                 self.config_init = self.parser.instantiate(self.config)
             except ValueError as error:
                 raise ValueError(f"the recipe is refused: {_innermost(error)}") from error
             self.datamodule, self.model = self.config_init["data"], self.config_init["model"]
             self._add_configure_optimizers_method_to_model(None)
-            data_rate, model_rate = self.datamodule.sample_rate, self.model.model.sample_rate
-            if data_rate != model_rate:
+            data, model = self.datamodule, self.model.model
+            if not hasattr(model, "training_losses"):
+                raise ValueError(f"the model is a {type(model).__name__}, which is no generator; fit trains generators.")
+            if data.sample_rate != model.sample_rate:
                 raise ValueError(
-                    f"the data is at {data_rate} Hz and the model at {model_rate} Hz; set both sample_rates to one value."
+                    f"the data is at {data.sample_rate} Hz and the model at {model.sample_rate} Hz; make both one value."
                 )
-            self.datamodule.setup()
-            self.training = self.datamodule.describe()
+            if model.channels != 1:
+                raise ValueError(f"the model has {model.channels} channels and the clips of AudioFolder have 1 (mono).")
+            data.setup()
+            self.training = data.describe()
+            ours = [Progress(data.sample_rate), RunFolder(out, self.config["save_every"], self.training)]
             self.trainer = self.instantiate_trainer(
                 logger=TensorBoardLogger(out, name="tensorboard", version=""),
-                callbacks=[Progress(data_rate), RunFolder(out, self.config["save_every"], self.training)],
+                callbacks=[*(self.config_init["trainer"]["callbacks"] or []), *ours],
                 enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, num_sanity_val_steps=0,
                 check_val_every_n_epoch=None, use_distributed_sampler=False,
             )  # fmt: skip
 
-    # Lightning's notes on hardware, loggers and worker counts are not for the person who waits for a sound.
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning")
+    # Not Lightning's "auto", which takes every GPU there is, or Apple's, which has no float64.
+    hardware = {"accelerator": "cuda" if torch.cuda.is_available() else "cpu", "devices": 1}
     try:
-        cli = RecipeCLI(
+        return RecipeCLI(
             lightning.LightningModule, lightning.LightningDataModule, subclass_mode_model=True, subclass_mode_data=True,
-            save_config_callback=None, seed_everything_default=0, run=False, args=arguments,
+            save_config_callback=None, seed_everything_default=0, run=False, args=arguments, trainer_defaults=hardware,
             parser_kwargs={"exit_on_error": False, "prog": "s4audio fit"},
         )  # fmt: skip
     except jsonargparse.ArgumentError as error:
         raise ValueError(f"the recipe or an option is refused: {_innermost(error)}") from error
-    out, data = Path(cli.config["out"]), cli.training
-    out.mkdir(parents=True, exist_ok=True)
-    print(
-        f"data: {data['train_files']} files ({data['train_seconds'] / 60:.1f} min) to train on, {data['valid_files']} "
-        f"({data['valid_seconds'] / 60:.1f} min) held out, {len(data['skipped'])} skipped, at {data['sample_rate']} Hz"
-    )
-    for sentence in data["skipped"]:
-        print(f"skipped: {sentence}")
-    resume = out / TRAINER_CHECKPOINT
-    if resume.exists():
-        steps = torch.load(resume, weights_only=True, map_location="cpu")["global_step"]
-        print(f"{out} holds a run of {steps} steps; going on from there to {cli.trainer.max_steps}.")
-        if 0 < cli.trainer.max_steps <= steps:
-            print("It is finished; nothing was changed. A larger --trainer.max_steps extends it.")
-            return
-    cli.parser.save(cli.config, out / "recipe.yaml", overwrite=True, skip_validation=True)
-    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=str(resume) if resume.exists() else None, weights_only=True)
-    print(f"\nmodel:    {out / 'best'} (best on the held-out clips) and {out / 'last'}")
-    print(f"curves:   tensorboard --logdir {out}")
-    print(f"generate: s4audio generate {out / 'best'} --from noise --num 4 --seconds 10 --out generated")
+
+
+def _steps_of(trainer_checkpoint: Path) -> int:
+    """How many steps the run has made.
+
+    Raises:
+        ValueError: the file is not a trainer's checkpoint.
+    """
+    try:
+        return int(torch.load(trainer_checkpoint, weights_only=True, map_location="cpu")["global_step"])
+    except Exception as error:  # whatever a damaged file makes of the unpickler
+        raise ValueError(
+            f"{trainer_checkpoint} is damaged ({type(error).__name__}), so this run cannot go on. Its models are in best "
+            "and last; remove the file, or choose another --out, to begin anew."
+        ) from error
+
+
+def _refuse_another_recipe(recipe: dict[str, Any], stored: Path) -> None:
+    """A run goes on as it began: optimizer and schedule come from its checkpoint, whatever the recipe says now.
+
+    Raises:
+        ValueError: the model, the task, the data or the seed differ from the run's own recipe; names the key.
+    """
+    if not stored.exists():
+        return
+    before = yaml.safe_load(stored.read_text())
+    for section in ("seed_everything", "model", "data"):
+        key = _first_difference(before.get(section), recipe.get(section), section)
+        if key:
+            raise ValueError(
+                f"{key} is not what it was when the run in {stored.parent} began (its recipe.yaml has the old value); "
+                "go on with that, or choose another --out."
+            )
+
+
+def _first_difference(before: Any, now: Any, key: str) -> str | None:
+    if isinstance(before, dict) and isinstance(now, dict):
+        differences = (_first_difference(before.get(k), now.get(k), f"{key}.{k}") for k in {**before, **now})
+        return next((difference for difference in differences if difference), None)
+    return None if before == now else key
 
 
 def _innermost(error: BaseException) -> str:
@@ -150,15 +224,15 @@ def generate(arguments: list[str]) -> None:
     )
     parser.add_argument("--normalize", choices=NORMALIZATIONS, help="level of the recordings; default: as in training")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same clips (default 0)")
-    parser.add_argument("--batch-size", type=int, default=4, help="clips at a time (default 4)")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--batch-size", type=int, default=4, help="clips from noise at a time (default 4)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--out", default="generated", help="folder for the WAV and PNG files (default generated)")
     args = parser.parse_args(arguments)
-    if args.num < 1 or args.seconds <= 0 or args.batch_size < 1 or args.seed < 0:
+    if args.num < 1 or args.batch_size < 1 or args.seed < 0 or not 0 < args.seconds < float("inf"):
         raise ValueError("--num and --batch-size must be at least 1, --seconds positive and --seed not negative.")
     if not 0 <= args.variation <= 1:
         raise ValueError(f"--variation is {args.variation}; wanted 0 (reconstruction) to 1 (only noise).")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
+    if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is cuda, but torch finds no CUDA device here; leave --device out to use the CPU.")
     sources = None if args.source == "noise" else find_audio(args.source)
     model: Any = checkpoint.load(args.model, args.device)
@@ -191,11 +265,17 @@ def _from_noise(model: Any, args: argparse.Namespace, out: Path) -> float:
 @torch.no_grad()
 def _from_recordings(model: Any, args: argparse.Namespace, files: list[Path], how: str, out: Path) -> float:
     names = _distinct_names(files)
+    originals = {file.resolve() for file in files}
+    for name in names:
+        if (out / f"{name}.wav").resolve() in originals:
+            raise ValueError(f"{out / name}.wav is a recording to read and would be overwritten; choose another --out.")
     print(f"{len(files)} recordings, mono at {model.sample_rate} Hz, level: {'as they are' if how == 'none' else how}")
     seconds, failures = 0.0, []
     for index, (file, name) in enumerate(zip(files, names, strict=True)):
         try:
-            audio, _ = read_audio(file, model.sample_rate)
+            audio, _ = read_audio(file, model.sample_rate, mono=model.channels == 1)
+            if audio.shape[0] != model.channels:
+                raise AudioError(f"{file} has {audio.shape[0]} channels; the model wants {model.channels}.")
         except AudioError as error:
             failures.append(str(error))
             print(f"skipped: {error}", file=sys.stderr)
@@ -228,12 +308,14 @@ def _generator(seed: int, index: int) -> torch.Generator:
 
 
 def _distinct_names(files: list[Path]) -> list[str]:
-    """A name for each file's output: its stem, with a number where two files share one."""
-    seen: dict[str, int] = {}
-    names = []
+    """A name for each file's output: its stem, with a number where that is taken."""
+    names: list[str] = []
     for file in files:
-        count = seen[file.stem] = seen.get(file.stem, 0) + 1
-        names.append(file.stem if count == 1 else f"{file.stem}_{count}")
+        name, count = file.stem, 1
+        while name in names:
+            count += 1
+            name = f"{file.stem}_{count}"
+        names.append(name)
     return names
 
 

@@ -41,7 +41,8 @@ def magnitude(audio: Tensor, n_fft: int, hop_length: int | None = None) -> Tenso
 def multi_resolution_stft(estimate: Tensor, reference: Tensor, sizes: Sequence[int] = STFT_SIZES) -> Tensor:
     """Spectral convergence plus mean absolute log-magnitude difference (natural log), averaged over window sizes.
 
-    Spectral convergence is ||S_ref - S_est|| / ||S_ref|| over the whole batch, so that silent clips cannot blow it up.
+    Spectral convergence is ||S_ref - S_est|| / ||S_ref|| over the whole batch, with ||S_ref|| at least that of magnitudes of
+    0.01, so that silence cannot blow it up.
 
     Source: Yamamoto et al. 2020, "Parallel WaveGAN", equations 4 to 6; the sizes are ours.
     """
@@ -49,7 +50,8 @@ def multi_resolution_stft(estimate: Tensor, reference: Tensor, sizes: Sequence[i
     terms = []
     for n_fft in sizes:
         S_est, S_ref = magnitude(estimate, n_fft), magnitude(reference, n_fft)
-        convergence = torch.linalg.vector_norm(S_ref - S_est) / torch.linalg.vector_norm(S_ref)
+        floor = 0.01 * S_ref.numel() ** 0.5
+        convergence = torch.linalg.vector_norm(S_ref - S_est) / torch.linalg.vector_norm(S_ref).clamp_min(floor)
         terms.append(convergence + F.l1_loss(S_est.log(), S_ref.log()))
     return torch.stack(terms).mean()
 

@@ -1,8 +1,10 @@
 """The command line from a folder of audio to sound: reproducible, resumable, and clear when something is wrong."""
 
 import json
+import types
 from pathlib import Path
 
+import lightning
 import numpy as np
 import pytest
 import soundfile
@@ -10,7 +12,9 @@ import torch
 import yaml
 
 from s4audio import CausalAutoencoder, S4DAutoencoder, S4Model, save
+from s4audio.checkpoint import read_config
 from s4audio.cli import main
+from s4audio.tasks.callbacks import RunFolder
 from s4audio.tasks.generative import DivergenceError, GenerativeTask
 
 ROOT = Path(__file__).parent.parent
@@ -82,6 +86,94 @@ def test_fit_is_reproducible_and_goes_on_as_if_it_had_never_stopped(folder, tmp_
     assert set(events.Tags()["audio"]) == {"valid/input", "valid/output"} and events.Tags()["images"] == ["valid/clip"]
 
 
+class Crash(lightning.Callback):
+    """Ends the process's training in the middle of it, as a power cut would: nothing is saved."""
+
+    def __init__(self, at_batch: int) -> None:
+        self.at_batch = at_batch
+
+    def on_train_batch_end(self, trainer, *_) -> None:
+        if trainer.fit_loop.epoch_loop.total_batch_idx + 1 == self.at_batch:
+            raise RuntimeError("crash")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("options", [[], ["--trainer.accumulate_grad_batches", "3"]], ids=["plain", "accumulated"])
+def test_a_crashed_run_goes_on_from_its_last_checkpoint(folder, tmp_path, monkeypatch, options):
+    options = ["--trainer.max_steps", "6", "--trainer.val_check_interval", "100", "--save_every", "2", *options]
+    assert fit(folder, tmp_path / "whole", *options) == 0
+    accumulated = 3 if len(options) > 6 else 1
+    monkeypatch.setattr(lightning.Trainer, "fit", with_callback(Crash(5 * accumulated - 1)))
+    assert fit(folder, tmp_path / "crashed", *options) == 1
+    monkeypatch.undo()
+    assert torch.load(tmp_path / "crashed" / "trainer.ckpt", weights_only=True)["global_step"] == 4
+    assert fit(folder, tmp_path / "crashed", *options) == 0
+    assert weights(tmp_path / "crashed") == weights(tmp_path / "whole")
+
+
+def with_callback(callback: lightning.Callback):
+    original = lightning.Trainer.fit
+
+    def fit_with_callback(trainer, *arguments, **options):
+        trainer.callbacks.append(callback)
+        return original(trainer, *arguments, **options)
+
+    return fit_with_callback
+
+
+def test_the_best_model_survives_a_resume_from_before_it(tmp_path):
+    """The trainer's checkpoint of a step is written before that step's validation."""
+    model, out = S4DAutoencoder(3000), tmp_path
+    save(model, out / "best", training={"scores": {"valid/loss": 1.0}})
+    keeper = RunFolder(out, 10, {})
+    trainer = types.SimpleNamespace(
+        global_step=10, sanity_checking=False, callback_metrics={"valid/loss": torch.tensor(2.0)},
+        strategy=types.SimpleNamespace(root_device=torch.device("cpu")),
+    )  # fmt: skip
+    keeper.on_train_start(trainer, None)
+    keeper.on_validation_end(trainer, types.SimpleNamespace(model=model))
+    assert read_config(out / "best")["training"]["scores"] == {"valid/loss": 1.0}
+    trainer.callback_metrics = {"valid/loss": torch.tensor(0.5)}
+    keeper.on_validation_end(trainer, types.SimpleNamespace(model=model))
+    assert read_config(out / "best")["training"]["scores"] == {"valid/loss": 0.5}
+
+
+def test_weights_that_are_not_numbers_are_not_saved(tmp_path):
+    model = S4DAutoencoder(3000)
+    with torch.no_grad():
+        model.outer.D.fill_(float("nan"))
+    with pytest.raises(DivergenceError, match="weights are no longer finite numbers at step 5"):
+        RunFolder(tmp_path, 10, {})._save(types.SimpleNamespace(global_step=5), types.SimpleNamespace(model=model))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_run_goes_on_only_as_it_began(folder, tmp_path, capsys):
+    steps = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2"]
+    assert fit(folder, tmp_path / "run", *steps) == 0
+    recipe, before = (tmp_path / "run" / "recipe.yaml").read_text(), weights(tmp_path / "run")
+    for option, key in (
+        (["--model.init_args.lr", "1e-7"], "model.init_args.lr"),
+        (["--data.init_args.normalize", "none"], "data.init_args.normalize"),
+        (["--model.init_args.model.init_args.latent_channels", "5"], "latent_channels"),
+    ):
+        capsys.readouterr()
+        assert fit(folder, tmp_path / "run", *steps, "--trainer.max_steps", "4", *option) == 2
+        assert f"{key} is not what it was when the run" in capsys.readouterr().err
+    assert (tmp_path / "run" / "recipe.yaml").read_text() == recipe and weights(tmp_path / "run") == before
+
+    (tmp_path / "run" / "trainer.ckpt").write_bytes(b"junk")
+    assert fit(folder, tmp_path / "run", *steps) == 2
+    assert "trainer.ckpt is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_without_validation_best_is_the_last(folder, tmp_path):
+    for steps in ("1", "3"):
+        assert fit(folder, tmp_path / "run", "--trainer.max_steps", steps, "--trainer.val_check_interval", "100") == 0
+        assert (tmp_path / "run" / "best" / "model.safetensors").read_bytes() == weights(tmp_path / "run")
+
+
 def test_noise_gives_the_same_clips_whatever_the_batch(model, tmp_path):
     def generate(out: str, *options: str) -> list[np.ndarray]:
         arguments = [
@@ -123,11 +215,22 @@ def test_recordings_are_reconstructed_or_varied(model, folder, tmp_path):
 
 
 def test_files_of_one_name_do_not_overwrite_each_other(model, folder, tmp_path):
-    for sub in ("a", "b"):
-        (tmp_path / "in" / sub).mkdir(parents=True)
-        (tmp_path / "in" / sub / "x.wav").write_bytes((folder / "tone3.wav").read_bytes())
+    for name in ("a/x.wav", "a/x_2.wav", "b/x.wav"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes((folder / "tone3.wav").read_bytes())
     assert main(["generate", str(model), "--from", str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 0
-    assert sorted(p.name for p in (tmp_path / "out").glob("*.wav")) == ["x.wav", "x_2.wav"]
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.wav")) == ["x.wav", "x_2.wav", "x_3.wav"]
+
+
+def test_recordings_are_never_overwritten(capsys, model, folder, tmp_path):
+    source = tmp_path / "x.wav"
+    source.write_bytes((folder / "tone3.wav").read_bytes())
+    before = source.read_bytes()
+    for origin in (source, tmp_path):
+        assert "would be overwritten" in refused(
+            capsys, "generate", str(model), "--from", str(origin), "--out", str(tmp_path)
+        )
+    assert source.read_bytes() == before
 
 
 def test_system_4_generates_too(tmp_path, folder):
@@ -154,6 +257,7 @@ def test_wrong_input_ends_in_a_sentence_and_status_2(capsys, model, folder, tmp_
     assert "holds no audio file" in refused(capsys, *generate, str(tmp_path / "empty"))
     assert "--variation is 2.0" in refused(capsys, *generate, str(folder), "--variation", "2")
     assert "must be at least 1" in refused(capsys, *generate, "noise", "--num", "0")
+    assert "--seconds positive" in refused(capsys, *generate, "noise", "--seconds", "inf")
     assert not (tmp_path / "out").exists()
 
 
@@ -173,10 +277,17 @@ def test_wrong_recipes_end_in_a_sentence_and_status_2(capsys, folder, tmp_path):
     assert "widths has 1 entries" in with_change(set_model("widths", [4]))
     assert "the data is at 4000 Hz and the model at 8000 Hz" in with_change(set_model("sample_rate", 8000))
     assert "max_steps" in with_change(lambda recipe: recipe["trainer"].update(max_steps="forty"))
+    assert "trainer.devices is 2" in with_change(lambda recipe: recipe["trainer"].update(devices=2))
+    assert "trainer.logger is set" in with_change(lambda recipe: recipe["trainer"].update(logger=False))
+    assert "have 1 (mono)" in with_change(set_model("channels", 2))
+    classifier = {"class_path": "s4audio.S4Model", "init_args": {"d_input": 1, "num_classes": 2}}
+    assert "is no generator" in with_change(lambda recipe: recipe["model"]["init_args"].update(model=classifier))
     missing = refused(
         capsys, "fit", "--config", RECIPE, "--data.init_args.train", str(tmp_path / "no"), "--out", str(tmp_path / "run")
     )
     assert "does not exist" in missing
+    fit_here = ["fit", "--config", RECIPE, "--data.init_args.train", str(folder), "--out", str(tmp_path / "run")]
+    assert "the trainer refuses" in refused(capsys, *fit_here, "--trainer.accelerator", "tpu")
     assert not (tmp_path / "run").exists()
 
 

@@ -32,6 +32,10 @@ def test_multi_resolution_stft_by_hand():
     torch.testing.assert_close(losses.multi_resolution_stft(estimate, reference, sizes=[128]), expected)
 
 
+def test_silence_does_not_blow_up_the_spectral_loss():
+    assert losses.multi_resolution_stft(0.1 * torch.randn(1, 1, 8000), torch.zeros(1, 1, 8000)) < 300
+
+
 @pytest.mark.parametrize("name", losses.LOSSES)
 def test_no_loss_for_a_perfect_copy_and_more_for_a_worse_one(name):
     reference = torch.randn(2, 1, 4000)

@@ -4,6 +4,7 @@ the future. A new layer, model, discretization or init joins CAUSAL or is in a d
 Float32 tolerance: 1e-5 of the largest output; measured over all cases 1.6e-6 (engine and recurrence round differently).
 """
 
+import tempfile
 from collections.abc import Callable
 from itertools import product
 
@@ -163,6 +164,15 @@ def test_system_4_refuses_to_stream():
 def test_a_chain_names_the_module_that_cannot_stream(module):
     with pytest.raises(RuntimeError, match=rf"module 1 of the chain, {type(module).__name__}.* cannot stream"):
         Chain(nn.GELU(), module).initial_state(1)
+
+
+@torch.no_grad()
+def test_a_state_does_not_keep_its_block_alive():
+    model = make("CausalAutoencoder", torch.float32)
+    _, state = model.stream(torch.randn(1, CHANNELS, 60_001), model.initial_state(1))
+    with tempfile.TemporaryFile() as file:
+        torch.save(state, file)
+        assert file.tell() < 100_000
 
 
 @torch.no_grad()

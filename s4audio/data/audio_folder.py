@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +93,18 @@ class AudioFolder(lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Batches (B, 1, T) without end, from where the trainer stands."""
-        start = 0
-        if self.trainer is not None:
-            start = self.trainer.global_step * self.trainer.accumulate_grad_batches * self.batch_size
         clips = _TrainingClips(self.train_clips, self.clip_samples, self.seed)
-        return self._loader(clips, sampler=_From(start))
+        return self._loader(clips, sampler=_From(self._position))
 
     def val_dataloader(self) -> DataLoader:
         """The windows of every validation file, always the same."""
         return self._loader([clip for audio in self.valid_clips for clip in windows(audio, self.clip_samples)])
+
+    def _position(self) -> int:
+        """How many clips the trainer has used."""
+        if self.trainer is None:
+            return 0
+        return self.trainer.global_step * self.trainer.accumulate_grad_batches * self.batch_size
 
     def _loader(self, clips: Any, sampler: Sampler[int] | None = None) -> DataLoader:
         return DataLoader(
@@ -161,13 +164,13 @@ class _TrainingClips(Dataset):
 
 
 class _From(Sampler[int]):
-    """start, start + 1, … without end."""
+    """start(), start() + 1, … without end; asked anew by each iterator."""
 
-    def __init__(self, start: int) -> None:
+    def __init__(self, start: Callable[[], int]) -> None:
         self.start = start
 
     def __iter__(self) -> Iterator[int]:
-        return itertools.count(self.start)
+        return itertools.count(self.start())
 
 
 def windows(audio: Tensor, clip_samples: int | None) -> list[Tensor]:

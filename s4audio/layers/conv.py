@@ -48,7 +48,9 @@ class CausalConv1d(nn.Module):
         if num_frames == 0:
             return u.new_zeros(u.shape[0], self.conv.out_channels, 0), ConvState(waiting)
         used = num_frames * self.stride
-        return self.conv(waiting[..., : used + self.overlap]), ConvState(waiting[..., used:])
+        return self.conv(waiting[..., : used + self.overlap]), ConvState(
+            waiting[..., used:].clone()
+        )  # not a view: a state must not keep the block alive
 
 
 class CausalConvTranspose1d(nn.Module):
@@ -87,4 +89,4 @@ class CausalConvTranspose1d(nn.Module):
         y = F.conv_transpose1d(u, self.conv.weight, stride=self.stride)  # the tails overlap, so the bias comes last
         y = torch.cat([y[..., : self.overlap] + state.kept, y[..., self.overlap :]], dim=-1)
         complete = u.shape[-1] * self.stride
-        return y[..., :complete] + self.conv.bias.unsqueeze(-1), ConvState(y[..., complete:])
+        return y[..., :complete] + self.conv.bias.unsqueeze(-1), ConvState(y[..., complete:].clone())

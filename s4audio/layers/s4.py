@@ -106,7 +106,8 @@ class S4D(nn.Module):
     def initial_state(self, batch_size: int) -> S4State:
         """The state before the first sample: silence."""
         self._refuse_if_bidirectional()
-        return S4State(ssm.zero_state(self.system(), batch_size, self.D.dtype))
+        shape = (batch_size, self.d_model, self.d_state // 2)
+        return S4State(torch.zeros(shape, dtype=self.D.dtype.to_complex(), device=self.D.device))
 
     def stream(self, u: Tensor, state: S4State) -> tuple[Tensor, S4State]:
         """A block of any length: (B, H, L) and the state before it -> (B, H, L) and the state after it."""

@@ -12,7 +12,7 @@ def si_sdr(estimate: Tensor, reference: Tensor) -> Tensor:
 
     Args:
         estimate: (..., T) audio.
-        reference: (..., T) audio at the same rate; a silent reference gives nan.
+        reference: (..., T) audio at the same rate; a silent reference gives nan, a silent estimate minus infinity.
 
     Returns:
         (...) one value per signal.
@@ -25,7 +25,9 @@ def si_sdr(estimate: Tensor, reference: Tensor) -> Tensor:
     _check(estimate, reference)
     scale = (estimate * reference).sum(-1, keepdim=True) / reference.square().sum(-1, keepdim=True)
     target = scale * reference
-    return 10 * torch.log10(target.square().sum(-1) / (estimate - target).square().sum(-1))
+    ratio = target.square().sum(-1) / (estimate - target).square().sum(-1)
+    silent = (estimate == 0).all(-1) & ~(reference == 0).all(-1)
+    return 10 * torch.log10(torch.where(silent, 0.0, ratio))
 
 
 def log_spectral_distance(estimate: Tensor, reference: Tensor, n_fft: int = 2048) -> Tensor:

@@ -24,8 +24,15 @@ def noise(shape: Sequence[int], generator: Generators) -> Tensor:
     """Standard normal numbers of a shape whose first entry is the batch, on the CPU.
 
     With one generator per clip, the noise of a clip depends on its own generator alone, not on its place in a batch.
+
+    Raises:
+        ValueError: there are several generators, but not one per clip.
     """
     if isinstance(generator, Sequence):
+        if len(generator) != shape[0]:
+            raise ValueError(
+                f"there are {len(generator)} generators for a batch of {shape[0]}; wanted one, or one per clip."
+            )
         return torch.stack([torch.randn(tuple(shape[1:]), generator=one) for one in generator])
     return torch.randn(tuple(shape), generator=generator)
 
@@ -243,7 +250,9 @@ class CausalAutoencoder(WaveformAutoencoder):
         self.latent_mean: Tensor
         self.latent_std: Tensor
         self.register_buffer("latent_mean", torch.zeros(latent_channels, 1))
+        self.num_batches: Tensor
         self.register_buffer("latent_std", torch.ones(latent_channels, 1))
+        self.register_buffer("num_batches", torch.zeros(()))
 
     def encode(self, audio: Tensor) -> Tensor:
         """(B, channels, T) -> latent (B, D, ceil(T / hop_length))"""
@@ -259,8 +268,10 @@ class CausalAutoencoder(WaveformAutoencoder):
         if self.training:
             with torch.no_grad():
                 std, mean = torch.std_mean(latent.float(), dim=(0, 2), correction=0)
-                self.latent_mean.lerp_(mean.unsqueeze(-1), 0.01)
-                self.latent_std.lerp_(std.unsqueeze(-1), 0.01)
+                self.num_batches += 1
+                weight = (1 / self.num_batches).clamp_min(0.01)  # the mean of all batches, then of about the last hundred
+                self.latent_mean.lerp_(mean.unsqueeze(-1), weight)
+                self.latent_std.lerp_(std.unsqueeze(-1), weight)
         estimate = self.decode(latent, audio.shape[-1])
         return {name: LOSSES[name](estimate, audio) for name in self.losses}
 

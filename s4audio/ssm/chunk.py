@@ -1,4 +1,4 @@
-"""The engine: one recurrence, cut into chunks, in plain PyTorch; any device, any length, with carried state.
+"""The engine: one recurrence, cut into chunks, in plain PyTorch on CPU or CUDA; any length, with carried state.
 
     convolution = chunks = steps
 
@@ -26,6 +26,7 @@ from s4audio.ssm.dplr import DPLRSystem, real_matrix, real_vector
 
 GROUP = 16  # chunks that advance side by side in a scan, a power of two; 8 and 32 time the same
 SEGMENT = 128  # samples at a time of a time-varying system: bounds the memory of its states
+MATRICES = 2**24  # numbers at a time in the matrices of a time-varying DPLR system (128 MiB)
 
 
 def chunk_length(length: int) -> int:
@@ -246,7 +247,10 @@ def run_varying(system: DiagonalSystem | DPLRSystem, u: Tensor, x: Tensor, gap: 
     """`run` for a system with one gap per sample: no two chunks are alike, so the states themselves are scanned."""
     outputs = []
     gaps = gap.reshape(-1, u.shape[-1]).to(u.device).double()  # (1 or B, L)
-    for part, intervals in zip(u.split(SEGMENT, dim=-1), gaps.split(SEGMENT, dim=-1), strict=True):
+    segment = SEGMENT
+    if isinstance(system, DPLRSystem):
+        segment = min(segment, max(1, MATRICES // (gaps.shape[0] * system.A_bar.numel())))
+    for part, intervals in zip(u.split(segment, dim=-1), gaps.split(segment, dim=-1), strict=True):
         if isinstance(system, DiagonalSystem):
             y, x = scan_diagonal_states(system, part, x, intervals)
         else:

@@ -1,7 +1,6 @@
 """What a run writes (`RunFolder`) and shows (`Progress`)."""
 
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from rich.progress import Progress as Bar
 from torch import Tensor
 
 from s4audio import checkpoint
+from s4audio.tasks.generative import DivergenceError
 
 TRAINER_CHECKPOINT = "trainer.ckpt"
 
@@ -29,15 +29,21 @@ class RunFolder(lightning.Callback):
 
     def __init__(self, out: str | Path, every_n_steps: int, training: dict[str, Any]) -> None:
         self.out, self.every_n_steps, self.training = Path(out), every_n_steps, training
-        self.best_loss = float("inf")
+        self.best_loss, self.saved_at, self.seconds = float("inf"), 0, 0.0
         self.random_state: Tensor | None = None
 
     def on_train_start(self, trainer: lightning.Trainer, task: lightning.LightningModule) -> None:
+        self.started, self.saved_at = time.monotonic(), trainer.global_step
         if self.random_state is not None:
             torch.set_rng_state(self.random_state)
+        if trainer.global_step and (self.out / "best").exists():
+            # The folder itself knows best: the trainer's checkpoint may be older than the last validation.
+            scores = checkpoint.read_config(self.out / "best")["training"].get("scores", {})
+            self.best_loss = scores.get("valid/loss", self.best_loss)
 
     def on_train_batch_end(self, trainer: lightning.Trainer, task: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step % self.every_n_steps == 0:
+        step = trainer.global_step  # with accumulated gradients it stands still over several batches
+        if step % self.every_n_steps == 0 and step != self.saved_at:
             self._save(trainer, task)
 
     def on_validation_end(self, trainer: lightning.Trainer, task: Any) -> None:
@@ -46,30 +52,46 @@ class RunFolder(lightning.Callback):
             self.best_loss = loss
             checkpoint.save(task.model, self.out / "best", self._record(trainer))
 
-    def on_train_end(self, trainer: lightning.Trainer, task: lightning.LightningModule) -> None:
+    def on_train_end(self, trainer: lightning.Trainer, task: Any) -> None:
         self._save(trainer, task)
-        if not (self.out / "best").exists():
-            shutil.copytree(self.out / "last", self.out / "best")
+        if self.best_loss == float("inf"):  # never validated
+            checkpoint.save(task.model, self.out / "best", self._record(trainer))
 
     def on_exception(self, trainer: lightning.Trainer, task: Any, exception: BaseException) -> None:
         if isinstance(exception, KeyboardInterrupt):
             self._save(trainer, task)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_loss": self.best_loss, "random_state": torch.get_rng_state()}
+        return {"random_state": torch.get_rng_state(), "seconds": self._seconds()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best_loss, self.random_state = state_dict["best_loss"], state_dict["random_state"]
+        self.random_state, self.seconds = state_dict["random_state"], state_dict["seconds"]
 
     def _save(self, trainer: lightning.Trainer, task: Any) -> None:
+        if not all(torch.isfinite(parameter).all() for parameter in task.model.parameters()):
+            raise DivergenceError(
+                f"the weights are no longer finite numbers at step {trainer.global_step}; the files of the last save are "
+                "from before. Try a smaller lr or ssm_lr, more warmup_steps, or trainer.gradient_clip_val 1.0."
+            )
+        self.saved_at = trainer.global_step
         checkpoint.save(task.model, self.out / "last", self._record(trainer))
         temporary = self.out / f".{TRAINER_CHECKPOINT}"
         trainer.save_checkpoint(temporary)
         os.replace(temporary, self.out / TRAINER_CHECKPOINT)
 
+    def _seconds(self) -> float:
+        return self.seconds + time.monotonic() - self.started
+
     def _record(self, trainer: lightning.Trainer) -> dict[str, Any]:
-        scores = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        return {**self.training, "steps": trainer.global_step, "scores": scores}
+        device = trainer.strategy.root_device
+        on_gpu = device.type == "cuda"
+        return {
+            **self.training,
+            "steps": trainer.global_step,
+            "wall_seconds": round(self._seconds(), 1),
+            "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+            "scores": {name: float(value) for name, value in trainer.callback_metrics.items()},
+        }
 
 
 class Progress(lightning.Callback):
@@ -99,7 +121,7 @@ class Progress(lightning.Callback):
         self.seconds_of_audio += batch.shape[0] * batch.shape[-1] / self.sample_rate
         now = time.monotonic()
         if self.bar is None and now - self.last_line < self.every_seconds:
-            return  # reading the loss would make a GPU wait
+            return
         speed = self.seconds_of_audio / max(now - self.started - self.validating, 1e-9)
         text = f"loss {float(outputs['loss']):.4g}, {speed:,.0f} s of audio a second"
         if self.bar is not None:

@@ -1,6 +1,7 @@
 """Audio folders: what is read, cut, padded and split, and that clips follow from (seed, position) alone."""
 
 import itertools
+import types
 
 import numpy as np
 import pytest
@@ -51,6 +52,16 @@ def test_clips_follow_from_seed_and_position(folder):
         torch.cat(batches(AudioFolder(str(folder), 1000, clip_seconds=0.5, batch_size=2, seed=s), 6)) for s in (0, 0, 1)
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_each_iterator_starts_where_the_trainer_stands(folder):
+    data = AudioFolder(str(folder), 1000, clip_seconds=0.5, batch_size=2)
+    whole = batches(data, 6)
+    data.trainer = types.SimpleNamespace(global_step=1, accumulate_grad_batches=2)
+    loader = data.train_dataloader()
+    assert torch.equal(next(iter(loader)), whole[2])
+    data.trainer.global_step = 2
+    assert torch.equal(next(iter(loader)), whole[4])
 
 
 def test_workers_change_nothing(folder):

@@ -20,6 +20,7 @@ def test_si_sdr_of_orthogonal_noise_is_its_snr_at_any_gain(snr_db):
 def test_si_sdr_is_nan_on_silence_and_one_value_a_signal():
     values = si_sdr(torch.randn(3, 1, 100), torch.cat([torch.zeros(1, 1, 100), torch.randn(2, 1, 100)]))
     assert values.shape == (3, 1) and values[0].isnan() and not values[1:].isnan().any()
+    assert si_sdr(torch.zeros(100), torch.randn(100)) == -torch.inf
 
 
 def test_log_spectral_distance_of_a_gain_is_the_gain():

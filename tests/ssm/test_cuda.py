@@ -1,0 +1,20 @@
+"""The engine on a CUDA device against float64 on the CPU; run by `make test-gpu`."""
+
+import pytest
+import torch
+
+from s4audio.ssm import run
+from tests.ssm.systems import FAMILIES, discretize, error, parameters
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("kind, init", FAMILIES)
+@pytest.mark.parametrize("length", [1, 65, 5000])
+def test_cuda_equals_cpu(kind, init, length):
+    u = torch.randn(2, 3, length)
+    wanted, state = run(discretize(parameters(kind, init), "bilinear"), u.double())
+    values = {name: value.cuda() for name, value in parameters(kind, init).items()}
+    y, after = run(discretize(values, "bilinear", torch.float32), u.cuda())
+    assert error(y.cpu(), wanted) < 1e-5
+    assert error(after.cpu(), state) < 1e-5
