@@ -65,7 +65,7 @@ def fit(arguments: list[str]) -> None:
     warnings.filterwarnings("ignore", module="lightning")
     try:
         cli = _recipe_cli(arguments)
-    except MisconfigurationException as error:
+    except (MisconfigurationException, ImportError) as error:  # ImportError: hardware whose own package is missing
         raise ValueError(f"the trainer refuses the recipe: {error}") from error
     out, data, resume = Path(cli.config["out"]), cli.training, Path(cli.config["out"]) / TRAINER_CHECKPOINT
     print(
