@@ -4,7 +4,6 @@ Audio is a float32 tensor (channels, samples) with full scale at 1; rates are in
 """
 
 import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -89,15 +88,13 @@ def write_audio(path: str | Path, audio: Tensor, sample_rate: int) -> int:
     num_clipped = int((np.abs(samples) > 1).sum())
     # Rounding here, not in the encoder, makes the bytes the same whatever the format.
     pcm = np.clip(np.round(samples * 32767), -32768, 32767).astype(np.int16)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.new")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "wb") as file:
             soundfile.write(file, pcm.T, sample_rate, format=kind, subtype="PCM_16")
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
     return num_clipped
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import nn
 
 from s4audio.models import CausalAutoencoder, S4DAutoencoder, S4Model
@@ -45,7 +46,7 @@ def save(model: nn.Module, path: str | Path, training: dict[str, Any] | None = N
     path.mkdir(parents=True, exist_ok=True)
     new = {file: path / f".{file}.new" for file in (WEIGHTS, CONFIG)}
     try:
-        save_file(weights, new[WEIGHTS])
+        new[WEIGHTS].write_bytes(to_bytes(weights))  # not save_file, which makes files that only their owner can read
         new[CONFIG].write_text(config)
         for file, temporary in new.items():
             os.replace(temporary, path / file)
@@ -69,7 +70,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
         weights = load_file(path / WEIGHTS)
         model.load_state_dict(weights)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path / WEIGHTS} is missing or damaged ({error}).") from error
+        raise CheckpointError(f"{path / WEIGHTS} is missing, unreadable or damaged ({error}).") from error
     except RuntimeError as error:
         raise CheckpointError(
             f"{path / WEIGHTS} does not fit {config['class']}: {str(error).splitlines()[-1].strip()}"
@@ -85,9 +86,9 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not (path / CONFIG).is_file():
-        raise CheckpointError(
-            f"{path} is not a model: it has no {CONFIG}. A training run keeps its models in RUN/best and RUN/last."
-        )
+        others = [p for p in (path.parent / "last", path / "best", path / "last") if (p / CONFIG).is_file()]
+        hint = f"there is one in {others[0]}" if others else "a training run keeps its models in RUN/best and RUN/last"
+        raise CheckpointError(f"{path} is not a model: it has no {CONFIG}; {hint}.")
     try:
         config = json.loads((path / CONFIG).read_text())
         name, arguments = config["class"], config["arguments"]

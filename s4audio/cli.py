@@ -41,8 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{arguments[0]!r} is not a verb; there are {' and '.join(verbs)}.")
     try:
         verbs[arguments[0]](arguments[1:])
-    except (ValueError, OSError) as error:  # AudioError and CheckpointError are ValueErrors
+    except ValueError as error:  # AudioError and CheckpointError are ValueErrors
         return _fail(str(error))
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}; choose another folder." if error.filename else str(error))
     except RuntimeError as error:
         return _fail(str(error), status=1)
     return 0
@@ -63,14 +65,16 @@ def fit(arguments: list[str]) -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
+    if not any(argument.startswith(("--config", "-c", "--help", "-h", "--print_config")) for argument in arguments):
+        raise ValueError("fit needs a recipe, for example: s4audio fit --config recipes/debug.yaml")
     try:
         cli = _recipe_cli(arguments)
     except (MisconfigurationException, ImportError) as error:  # ImportError: hardware whose own package is missing
         raise ValueError(f"the trainer refuses the recipe: {error}") from error
     out, data, resume = Path(cli.config["out"]), cli.training, Path(cli.config["out"]) / TRAINER_CHECKPOINT
     print(
-        f"data: {data['train_files']} files ({data['train_seconds'] / 60:.1f} min) to train on, {data['valid_files']} "
-        f"({data['valid_seconds'] / 60:.1f} min) held out, {len(data['skipped'])} skipped, at {data['sample_rate']} Hz"
+        f"data: {data['train_files']} files ({_duration(data['train_seconds'])}) to train on, {data['valid_files']} "
+        f"({_duration(data['valid_seconds'])}) held out, {len(data['skipped'])} skipped, at {data['sample_rate']} Hz"
     )
     for sentence in data["skipped"]:
         print(f"skipped: {sentence}")
@@ -89,9 +93,15 @@ def fit(arguments: list[str]) -> None:
     except MisconfigurationException as error:
         raise ValueError(f"the trainer refuses the recipe: {error}") from error
     except SystemExit:  # what Lightning makes of Ctrl-C, after the run folder has saved
-        print(f"\nstopped at step {cli.trainer.global_step} and saved; the same command goes on from there.")
+        print(f"\nstopped at step {cli.trainer.global_step} and saved {out / 'last'}; the same command goes on from there.")
         raise SystemExit(130) from None
-    print(f"\nmodel:    {out / 'best'} (best on the held-out clips) and {out / 'last'}")
+    best = checkpoint.read_config(out / "best")["training"]
+    chosen = (
+        f"step {best['steps']}, best on the held-out clips"
+        if "valid/loss" in best["scores"]
+        else "not scored on held-out clips"
+    )
+    print(f"\nmodel:    {out / 'best'} ({chosen}) and {out / 'last'}")
     print(f"curves:   tensorboard --logdir {out}")
     print(f"generate: s4audio generate {out / 'best'} --from noise --num 4 --seconds 10 --out generated")
 
@@ -158,6 +168,10 @@ def _recipe_cli(arguments: list[str]) -> Any:
         )  # fmt: skip
     except jsonargparse.ArgumentError as error:
         raise ValueError(f"the recipe or an option is refused: {_innermost(error)}") from error
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.1f} s"
 
 
 def _steps_of(trainer_checkpoint: Path) -> int:
@@ -232,6 +246,8 @@ def generate(arguments: list[str]) -> None:
         raise ValueError("--num and --batch-size must be at least 1, --seconds positive and --seed not negative.")
     if not 0 <= args.variation <= 1:
         raise ValueError(f"--variation is {args.variation}; wanted 0 (reconstruction) to 1 (only noise).")
+    if args.source == "noise" and args.variation:
+        raise ValueError("--variation mixes noise into a recording; with --from noise there is none.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is cuda, but torch finds no CUDA device here; leave --device out to use the CPU.")
     sources = None if args.source == "noise" else find_audio(args.source)
@@ -264,7 +280,7 @@ def _from_noise(model: Any, args: argparse.Namespace, out: Path) -> float:
 
 @torch.no_grad()
 def _from_recordings(model: Any, args: argparse.Namespace, files: list[Path], how: str, out: Path) -> float:
-    names = _distinct_names(files)
+    names = [f"{name}_variation_{args.variation:g}" if args.variation else name for name in _distinct_names(files)]
     originals = {file.resolve() for file in files}
     for name in names:
         if (out / f"{name}.wav").resolve() in originals:

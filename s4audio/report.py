@@ -42,7 +42,7 @@ def clips_figure(clips: dict[str, Tensor], sample_rate: int) -> "Figure":
         picture.set_xlabel("seconds")
     axes[0, 0].set_ylabel("amplitude")
     axes[1, 0].set_ylabel("kHz")
-    figure.colorbar(image, ax=axes[1, :].tolist(), label="dB below a full-scale sine", pad=0.01)
+    figure.colorbar(image, ax=axes[1, :].tolist(), label="dB re a full-scale sine", pad=0.01)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
     return figure

@@ -43,11 +43,25 @@ def test_a_failed_save_keeps_the_old_model(tmp_path, monkeypatch):
     def no_space(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", no_space)
+    monkeypatch.setattr(checkpoint, "to_bytes", no_space)
     with pytest.raises(OSError, match="No space left"):
         save(MODELS["S4DAutoencoder"](), tmp_path / "model", training={"steps": 2})
     assert load(tmp_path / "model") is not None and read_config(tmp_path / "model")["training"] == {"steps": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_files_are_readable_as_the_umask_says(tmp_path):
+    save(MODELS["S4DAutoencoder"](), tmp_path / "model")
+    (tmp_path / "plain").write_text("")
+    modes = {path.stat().st_mode for path in [*(tmp_path / "model").iterdir(), tmp_path / "plain"]}
+    assert len(modes) == 1
+
+
+def test_a_missing_model_points_to_the_one_beside_it(tmp_path):
+    save(MODELS["S4DAutoencoder"](), tmp_path / "run" / "last")
+    for wrong in ("run/best", "run"):
+        with pytest.raises(CheckpointError, match=r"has no config.json; there is one in .*run/last"):
+            load(tmp_path / wrong)
 
 
 def test_only_known_models_are_saved(tmp_path):
@@ -87,8 +101,8 @@ def damage(path, how):
         ("unknown argument", "S4DAutoencoder has no argument 'evil'"),
         ("wrong type", "the arguments do not fit S4DAutoencoder"),
         ("other size", "does not fit S4DAutoencoder"),
-        ("no weights", "model.safetensors is missing or damaged"),
-        ("truncated weights", "model.safetensors is missing or damaged"),
+        ("no weights", "model.safetensors is missing, unreadable or damaged"),
+        ("truncated weights", "model.safetensors is missing, unreadable or damaged"),
     ],
 )
 def test_a_damaged_folder_is_refused(tmp_path, how, message):

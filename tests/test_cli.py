@@ -208,7 +208,10 @@ def test_recordings_are_reconstructed_or_varied(model, folder, tmp_path):
         assert main(arguments) == 0
     names = sorted(p.name for p in (tmp_path / "same").glob("*.wav"))
     assert names == [f"tone{i}.wav" for i in range(4)]
-    same, near, far = (wav(tmp_path / out / "tone0.wav").astype(float) for out in ("same", "near", "far"))
+    same, near, far = (
+        wav(tmp_path / name).astype(float)
+        for name in ("same/tone0.wav", "near/tone0_variation_0.1.wav", "far/tone0_variation_0.9.wav")
+    )
     assert len(same) == 8000  # 2 s at the model's 4,000 Hz
     assert 0 < np.abs(near - same).mean() < np.abs(far - same).mean()
     assert (tmp_path / "same" / "tone0.png").stat().st_size > 10_000
@@ -257,6 +260,7 @@ def test_wrong_input_ends_in_a_sentence_and_status_2(capsys, model, folder, tmp_
     assert "holds no audio file" in refused(capsys, *generate, str(tmp_path / "empty"))
     assert "--variation is 2.0" in refused(capsys, *generate, str(folder), "--variation", "2")
     assert "must be at least 1" in refused(capsys, *generate, "noise", "--num", "0")
+    assert "--from noise there is none" in refused(capsys, *generate, "noise", "--variation", "0.5")
     assert "--seconds positive" in refused(capsys, *generate, "noise", "--seconds", "inf")
     assert not (tmp_path / "out").exists()
 
@@ -285,7 +289,8 @@ def test_wrong_recipes_end_in_a_sentence_and_status_2(capsys, folder, tmp_path):
     missing = refused(
         capsys, "fit", "--config", RECIPE, "--data.init_args.train", str(tmp_path / "no"), "--out", str(tmp_path / "run")
     )
-    assert "does not exist" in missing
+    assert "train: " in missing and "does not exist" in missing
+    assert "fit needs a recipe" in refused(capsys, "fit")
     fit_here = ["fit", "--config", RECIPE, "--data.init_args.train", str(folder), "--out", str(tmp_path / "run")]
     assert "the trainer refuses" in refused(capsys, *fit_here, "--trainer.accelerator", "tpu")
     assert not (tmp_path / "run").exists()

@@ -71,9 +71,9 @@ class AudioFolder(lightning.LightningDataModule):
         """Finds, splits and reads the files, once."""
         if self.train_clips:
             return
-        train_files = find_audio(self.train)
+        train_files = _find("train", self.train)
         if self.valid is not None:
-            valid_files = find_audio(self.valid)
+            valid_files = _find("valid", self.valid)
         else:
             train_files, valid_files = split_files(train_files, self.valid_fraction, self.seed)
         self.train_clips, skipped_train = self._read(train_files)
@@ -126,6 +126,13 @@ class AudioFolder(lightning.LightningDataModule):
         return clips, skipped
 
 
+def _find(argument: str, folder: str) -> list[Path]:
+    try:
+        return find_audio(folder)
+    except AudioError as error:
+        raise AudioError(f"{argument}: {error}") from error
+
+
 def split_files(files: list[Path], valid_fraction: float, seed: int) -> tuple[list[Path], list[Path]]:
     """Training and validation files, by a seeded shuffle; never a part of a file in each.
 
@@ -133,7 +140,9 @@ def split_files(files: list[Path], valid_fraction: float, seed: int) -> tuple[li
         AudioError: there are fewer than two files.
     """
     if len(files) < 2:
-        raise AudioError(f"{files[0]} is the only audio file; give a second one, or a `valid` folder, to validate on.")
+        raise AudioError(
+            f"train: {files[0]} is the only audio file; give a second one, or a `valid` folder, to validate on."
+        )
     num_valid = min(max(1, round(valid_fraction * len(files))), len(files) - 1)
     order = np.random.default_rng([seed, 0]).permutation(len(files))
     chosen = set(order[:num_valid].tolist())

@@ -2,6 +2,7 @@
 
 import os
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ class Progress(lightning.Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, task: lightning.LightningModule) -> None:
         self.started = self.last_line = time.monotonic()
-        self.seconds_of_audio, self.validating = 0.0, 0.0
+        self.seconds_of_audio, self.validating, self.first_step = 0.0, 0.0, trainer.global_step
         if self.console.is_terminal:
             columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
             self.bar = Bar(*columns, console=self.console)
@@ -119,16 +120,25 @@ class Progress(lightning.Callback):
 
     def on_train_batch_end(self, trainer: lightning.Trainer, task: Any, outputs: Any, batch: Tensor, batch_idx: int) -> None:
         self.seconds_of_audio += batch.shape[0] * batch.shape[-1] / self.sample_rate
+        self.step_loss = outputs["loss"]
         now = time.monotonic()
-        if self.bar is None and now - self.last_line < self.every_seconds:
-            return
-        speed = self.seconds_of_audio / max(now - self.started - self.validating, 1e-9)
-        text = f"loss {float(outputs['loss']):.4g}, {speed:,.0f} s of audio a second"
         if self.bar is not None:
-            self.bar.update(self.row, completed=trainer.global_step, text=text)
-        else:
-            self.last_line = now
-            self.console.print(f"step {trainer.global_step} of {trainer.max_steps}: {text}", highlight=False)
+            self.bar.update(self.row, completed=trainer.global_step, text=self._text(trainer))
+        elif trainer.global_step == self.first_step + 1 or now - self.last_line >= self.every_seconds:
+            self._print_line(trainer)
+
+    def _print_line(self, trainer: lightning.Trainer) -> None:
+        self.last_line = time.monotonic()
+        done = trainer.global_step - self.first_step
+        left = (trainer.max_steps - trainer.global_step) * (self.last_line - self.started) / max(done, 1)
+        remaining = f", about {timedelta(seconds=round(left))} left" if left >= 1 else ""
+        self.console.print(
+            f"step {trainer.global_step} of {trainer.max_steps}: {self._text(trainer)}{remaining}", highlight=False
+        )
+
+    def _text(self, trainer: lightning.Trainer) -> str:
+        speed = self.seconds_of_audio / max(time.monotonic() - self.started - self.validating, 1e-9)
+        return f"loss {float(self.step_loss):.4g}, {speed:,.0f} s of audio a second"
 
     def on_validation_start(self, trainer: lightning.Trainer, task: lightning.LightningModule) -> None:
         self.validation_started = time.monotonic()
@@ -144,6 +154,8 @@ class Progress(lightning.Callback):
         self.console.print(f"step {trainer.global_step}: held out: {text}", highlight=False)
 
     def on_train_end(self, trainer: lightning.Trainer, task: lightning.LightningModule) -> None:
+        if self.bar is None and trainer.global_step > self.first_step:
+            self._print_line(trainer)
         self._stop()
 
     def on_exception(self, trainer: lightning.Trainer, task: Any, exception: BaseException) -> None:
