@@ -138,7 +138,6 @@ def _recipe_cli(arguments: list[str]) -> Any:
             except ValueError as error:
                 raise ValueError(f"the recipe is refused: {_innermost(error)}") from error
             self.datamodule, self.model = self.config_init["data"], self.config_init["model"]
-            self._add_configure_optimizers_method_to_model(None)
             data, model = self.datamodule, self.model.model
             if not hasattr(model, "training_losses"):
                 raise ValueError(f"the model is a {type(model).__name__}, which is no generator; fit trains generators.")
@@ -164,6 +163,7 @@ def _recipe_cli(arguments: list[str]) -> Any:
         return RecipeCLI(
             lightning.LightningModule, lightning.LightningDataModule, subclass_mode_model=True, subclass_mode_data=True,
             save_config_callback=None, seed_everything_default=0, run=False, args=arguments, trainer_defaults=hardware,
+            auto_configure_optimizers=False,  # the task has its own
             parser_kwargs={"exit_on_error": False, "prog": "s4audio fit"},
         )  # fmt: skip
     except jsonargparse.ArgumentError as error:

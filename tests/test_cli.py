@@ -217,6 +217,15 @@ def test_recordings_are_reconstructed_or_varied(model, folder, tmp_path):
     assert (tmp_path / "same" / "tone0.png").stat().st_size > 10_000
 
 
+def test_recordings_come_at_the_level_of_training_unless_told(model, folder, tmp_path, capsys):
+    for out, options in (("trained", []), ("peak", ["--normalize", "peak"]), ("none", ["--normalize", "none"])):
+        arguments = ["generate", str(model), "--from", str(folder / "tone0.wav"), "--out", str(tmp_path / out)]
+        assert main([*arguments, *options]) == 0
+        assert ("as they are" in capsys.readouterr().out) == (out == "none")
+    trained, peak, none = (wav(tmp_path / out / "tone0.wav") for out in ("trained", "peak", "none"))
+    assert np.array_equal(trained, peak) and not np.array_equal(peak, none)
+
+
 def test_files_of_one_name_do_not_overwrite_each_other(model, folder, tmp_path):
     for name in ("a/x.wav", "a/x_2.wav", "b/x.wav"):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)

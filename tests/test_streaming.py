@@ -31,7 +31,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 CHANNELS, LENGTH = 3, 210
 
 
-def autoencoder(layer: str = "S4D") -> CausalAutoencoder:
+def autoencoder() -> CausalAutoencoder:
     return CausalAutoencoder(
         8000, strides=(2, 3), widths=(4, 6, 5), latent_channels=3, d_state=4, channels=CHANNELS, num_blocks=2
     )

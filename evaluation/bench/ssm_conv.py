@@ -2,8 +2,8 @@
 
     python evaluation/bench/ssm_conv.py --device cpu
 
-Each path of each shape runs in a process of its own, the two paths in turn, so that its peak memory (resident set
-above what the process held just before) is its own. A time is the median over the repeats after one warm-up;
+Each path of each shape runs in a process of its own, the two paths in turn, so that its peak memory (the highest
+resident set, less the highest before the first call) is its own. A time is the median over the repeats after one warm-up;
 parameters to output forward, and to every gradient (u, A, B, C, dt) for forward + backward. The ratio is textbook / ours.
 """
 

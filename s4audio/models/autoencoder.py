@@ -7,6 +7,7 @@
 Both are (batch, channels, samples) in and out, for every length, with `encode` and `decode` in between.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -37,7 +38,7 @@ def noise(shape: Sequence[int], generator: Generators) -> Tensor:
     return torch.randn(tuple(shape), generator=generator)
 
 
-class WaveformAutoencoder(nn.Module):
+class WaveformAutoencoder(nn.Module, ABC):
     """What a generator offers, from `encode` and `decode`; they are the two autoencoders' own."""
 
     sample_rate: int
@@ -45,13 +46,13 @@ class WaveformAutoencoder(nn.Module):
     hop_length: int
     losses: Sequence[str]
 
+    @abstractmethod
     def encode(self, audio: Tensor) -> Tensor:
         """(B, channels, T) -> latent (B, D, ceil(T / hop_length))"""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, latent: Tensor, num_samples: int | None = None) -> Tensor:
         """Latent (B, D, F) -> (B, channels, F hop_length), cut to num_samples if that is given."""
-        raise NotImplementedError
 
     def forward(self, audio: Tensor) -> Tensor:
         """(B, channels, T) -> (B, channels, T)"""

@@ -20,7 +20,7 @@ TRAINER_CHECKPOINT = "trainer.ckpt"
 
 
 class RunFolder(lightning.Callback):
-    """Keeps OUT/last and OUT/best (models) and OUT/trainer.ckpt (everything needed to go on), each replaced as a whole.
+    """Keeps OUT/last and OUT/best (models) and OUT/trainer.ckpt (everything to go on); each file is replaced as a whole.
 
     Args:
         out: the run folder.
