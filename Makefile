@@ -1,6 +1,6 @@
 # `make` alone lists the targets. Needs python3 (3.11 or newer), make and git; uses uv when it is on the PATH.
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format test-slow test-gpu clean
+.PHONY: help setup demo test lint format test-slow test-gpu clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,6 +24,9 @@ $(STAMP): pyproject.toml constraints.txt
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'; \
 	fi
 	@touch $@
+
+demo: $(STAMP)  ## train a small model on samples/, and write demo/report.html to see and hear
+	$(BIN)/s4audio demo
 
 lint: $(STAMP)  ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .

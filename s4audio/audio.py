@@ -3,15 +3,24 @@
 Audio is a float32 tensor (channels, samples) with full scale at 1; rates are in Hz.
 """
 
+import io
 import os
+import shutil
+import struct
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from s4audio.files import replacing
+
 EXTENSIONS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64", ".m4a")
+LIBROSA_TOO = (".m4a", ".opus", ".mp3", ".caf")  # what librosa may read where libsndfile cannot
 NORMALIZATIONS = ("none", "peak")
+WAV_HEADER = struct.Struct("<4sI4s4sIHHIIHH4sI")  # RIFF, fmt and data, for PCM
 
 
 class AudioError(ValueError):
@@ -49,22 +58,58 @@ def read_audio(path: str | Path, sample_rate: int | None = None, mono: bool = Tr
         AudioError: the file is missing, unreadable, empty, or holds a value that is not finite.
     """
     path = Path(path)
-    if not path.is_file():
-        raise AudioError(f"{path} does not exist.")
-    try:
+    with _in_a_sentence(path):
         samples, rate = _decode(path)
-    except Exception as error:  # the decoders raise what they please; the reader of the message wants one sentence
-        raise AudioError(f"{path} cannot be read as audio ({str(error).strip() or type(error).__name__}).") from error
     if samples.shape[-1] == 0:
         raise AudioError(f"{path} holds no samples.")
     audio = torch.from_numpy(samples)
-    if not torch.isfinite(audio).all():
-        raise AudioError(f"{path} holds {int((~torch.isfinite(audio)).sum())} samples that are not finite numbers.")
+    _check_finite(path, audio)
     if mono:
         audio = audio.mean(0, keepdim=True)
     if sample_rate is not None and rate != sample_rate:
         audio, rate = resample(audio, rate, sample_rate), sample_rate
     return audio, rate
+
+
+def read_blocks(
+    path: str | Path, sample_rate: int | None = None, mono: bool = True, block_seconds: float = 1.0
+) -> Iterator[Tensor]:
+    """The samples of `read_audio` in blocks (channels, samples), one at a time: memory does not grow with the file.
+
+    Formats that only librosa reads are decoded whole first. The blocks of a resampled file have varying lengths.
+
+    Args:
+        path: as `read_audio`.
+        sample_rate: as `read_audio`.
+        mono: as `read_audio`.
+        block_seconds: of the file in each block.
+
+    Raises:
+        AudioError: as `read_audio`, at the block where it shows.
+    """
+    import soxr
+
+    blocks, rate = _decode_blocks(Path(path), block_seconds)
+    target = sample_rate or rate
+    resampler, read, given = None, 0, 0
+    for samples in blocks:
+        audio = torch.from_numpy(samples)
+        _check_finite(Path(path), audio)
+        if mono:
+            audio = audio.mean(0, keepdim=True)
+        read += audio.shape[-1]
+        if target != rate:
+            resampler = resampler or soxr.ResampleStream(rate, target, audio.shape[0], dtype="float32", quality="HQ")
+            audio = torch.from_numpy(resampler.resample_chunk(audio.numpy().T).T.copy())
+        given += audio.shape[-1]
+        if audio.shape[-1]:
+            yield audio
+    if read == 0:
+        raise AudioError(f"{path} holds no samples.")
+    if resampler is not None:
+        rest = resampler.resample_chunk(np.zeros((0, audio.shape[0]), dtype=np.float32), last=True)
+        missing = _resampled_length(read, rate, target) - given
+        yield torch.nn.functional.pad(torch.from_numpy(rest.T.copy()), (0, missing - len(rest)))
 
 
 def write_audio(path: str | Path, audio: Tensor, sample_rate: int) -> int:
@@ -74,27 +119,61 @@ def write_audio(path: str | Path, audio: Tensor, sample_rate: int) -> int:
 
     Raises:
         AudioError: a value is not finite, or the format is unknown.
+        OSError: the file cannot be written.
     """
-    import soundfile
-
     path = Path(path)
-    samples = audio.detach().cpu().float().numpy()
-    if not np.isfinite(samples).all():
-        raise AudioError(f"the audio for {path} holds values that are not finite numbers; nothing was written.")
     kind = path.suffix.lstrip(".").upper()
     if kind not in ("WAV", "FLAC"):
         raise AudioError(f"{path}: {path.suffix or 'no extension'} is not a format this can write; use .wav or .flac.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    num_clipped = int((np.abs(samples) > 1).sum())
-    # Rounding here, not in the encoder, makes the bytes the same whatever the format.
-    pcm = np.clip(np.round(samples * 32767), -32768, 32767).astype(np.int16)
-    temporary = path.with_name(f".{path.name}.new")
-    try:
-        with open(temporary, "wb") as file:
-            soundfile.write(file, pcm.T, sample_rate, format=kind, subtype="PCM_16")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    if kind == "WAV":
+        return write_blocks(path, [audio], sample_rate)
+    encoded = encode_flac(audio, sample_rate)  # in memory, since libsndfile turns a full disk into an assertion
+    with replacing(path) as file:
+        file.write(encoded)
+    return int((audio.abs() > 1).sum())
+
+
+def encode_flac(audio: Tensor, sample_rate: int) -> bytes:
+    """(channels, samples) as the bytes of a 16-bit FLAC file; what is beyond full scale is clipped.
+
+    Raises:
+        AudioError: a value is not finite.
+    """
+    import soundfile
+
+    encoded = io.BytesIO()
+    soundfile.write(encoded, _to_pcm(audio), sample_rate, format="FLAC", subtype="PCM_16")
+    return encoded.getvalue()
+
+
+def write_blocks(path: str | Path, blocks: Iterable[Tensor], sample_rate: int) -> int:
+    """Writes blocks (channels, samples) one after the other as one 16-bit WAV file; returns how many samples were clipped.
+
+    The blocks are asked for one at a time. If that or the writing fails, no file is left.
+
+    Raises:
+        AudioError: a value is not finite, or the file would be longer than WAV can say (4 GiB).
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    num_bytes, num_clipped, channels = 0, 0, 1
+    with replacing(path) as file:
+        file.write(bytes(WAV_HEADER.size))
+        for block in blocks:
+            pcm = _to_pcm(block)
+            num_bytes, num_clipped = num_bytes + pcm.nbytes, num_clipped + int((block.abs() > 1).sum())
+            channels = pcm.shape[1]
+            if num_bytes >= 2**32 - WAV_HEADER.size:
+                raise AudioError(f"{path} would be longer than the 4 GiB that a WAV file can hold; use shorter recordings.")
+            file.write(pcm.astype("<i2").tobytes())
+        frame = 2 * channels
+        file.seek(0)
+        file.write(
+            WAV_HEADER.pack(
+                b"RIFF", num_bytes + WAV_HEADER.size - 8, b"WAVE", b"fmt ", 16, 1, channels, sample_rate,
+                sample_rate * frame, frame, 16, b"data", num_bytes,
+            )
+        )  # fmt: skip
     return num_clipped
 
 
@@ -104,9 +183,20 @@ def resample(audio: Tensor, from_rate: int, to_rate: int) -> Tensor:
 
     if from_rate == to_rate:
         return audio
-    length = -(-audio.shape[-1] * to_rate // from_rate)
+    length = _resampled_length(audio.shape[-1], from_rate, to_rate)
     resampled = torch.from_numpy(soxr.resample(audio.numpy().T, from_rate, to_rate, quality="HQ").T.copy())
     return torch.nn.functional.pad(resampled, (0, length - resampled.shape[-1]))
+
+
+def decoders() -> tuple[str, list[str]]:
+    """The version of the library that reads audio files, and the formats that can be read here."""
+    import soundfile
+
+    known = soundfile.available_formats()
+    formats = [name for name, key in (("WAV", "WAV"), ("FLAC", "FLAC"), ("OGG", "OGG"), ("MP3", "MP3")) if key in known]
+    if shutil.which("ffmpeg"):  # what librosa's own fallback calls
+        formats.append("M4A")
+    return f"libsndfile {soundfile.__libsndfile_version__} through soundfile {soundfile.__version__}", formats
 
 
 def normalize(audio: Tensor, how: str) -> Tensor:
@@ -137,6 +227,27 @@ def mel_filterbank(sample_rate: int, n_fft: int, n_mels: int) -> Tensor:
     return melscale_fbanks(n_fft // 2 + 1, 0.0, sample_rate / 2, n_mels, sample_rate, norm="slaney", mel_scale="slaney")
 
 
+@contextmanager
+def _in_a_sentence(path: Path) -> Iterator[None]:
+    """Turns whatever a decoder raises into an AudioError."""
+    if not path.is_file():
+        raise AudioError(f"{path} does not exist." if not path.exists() else f"{path} is a folder; give an audio file.")
+    try:
+        yield
+    except Exception as error:  # the decoders raise what they please; the reader of the message wants one sentence
+        raise AudioError(f"{path} cannot be read as audio ({str(error).strip() or type(error).__name__}).") from error
+
+
+def _check_finite(path: Path, audio: Tensor) -> None:
+    finite = torch.isfinite(audio)
+    if not finite.all():
+        raise AudioError(f"{path} holds {int((~finite).sum())} samples that are not finite numbers.")
+
+
+def _resampled_length(length: int, from_rate: int, to_rate: int) -> int:
+    return -(-length * to_rate // from_rate)
+
+
 def _decode(path: Path) -> tuple[np.ndarray, int]:
     """(channels, samples) float32 and the rate, by soundfile, or by librosa for what soundfile does not know."""
     import soundfile
@@ -145,9 +256,44 @@ def _decode(path: Path) -> tuple[np.ndarray, int]:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
         return np.ascontiguousarray(samples.T), rate
     except soundfile.LibsndfileError:
-        if path.suffix.lower() not in (".m4a", ".opus", ".mp3", ".caf"):
+        if path.suffix.lower() not in LIBROSA_TOO:
             raise
     import librosa
 
     samples, rate = librosa.load(path, sr=None, mono=False, dtype=np.float32)
     return np.atleast_2d(samples), int(rate)
+
+
+def _decode_blocks(path: Path, block_seconds: float) -> tuple[Iterator[np.ndarray], int]:
+    """Blocks (channels, samples) float32, and the rate."""
+    import soundfile
+
+    with _in_a_sentence(path):
+        try:
+            file = soundfile.SoundFile(path)
+        except soundfile.LibsndfileError:
+            if path.suffix.lower() not in LIBROSA_TOO:
+                raise
+            samples, rate = _decode(path)
+            length = max(1, round(block_seconds * rate))
+            return iter([samples[:, i : i + length] for i in range(0, samples.shape[1], length)]), rate
+
+    def blocks() -> Iterator[np.ndarray]:
+        length = max(1, round(block_seconds * file.samplerate))
+        with file:
+            while True:
+                with _in_a_sentence(path):
+                    samples = file.read(length, dtype="float32", always_2d=True)
+                if len(samples) == 0:
+                    return
+                yield np.ascontiguousarray(samples.T)
+
+    return blocks(), file.samplerate
+
+
+def _to_pcm(audio: Tensor) -> np.ndarray:
+    """(samples, channels) 16-bit numbers. Rounding here, not in the encoder, makes them the same whatever the format."""
+    samples = audio.detach().cpu().float().numpy()
+    if not np.isfinite(samples).all():
+        raise AudioError("the audio to write holds values that are not finite numbers; nothing was written.")
+    return np.clip(np.round(samples * 32767), -32768, 32767).astype(np.int16).T

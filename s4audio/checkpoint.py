@@ -5,7 +5,6 @@ Loading builds a class of this package from a list below and fills in numbers; n
 
 import inspect
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import nn
 
+from s4audio.files import replacing
 from s4audio.models import CausalAutoencoder, S4DAutoencoder, S4Model
 
 MODELS: dict[str, type[nn.Module]] = {model.__name__: model for model in (CausalAutoencoder, S4DAutoencoder, S4Model)}
@@ -43,16 +43,9 @@ def save(model: nn.Module, path: str | Path, training: dict[str, Any] | None = N
     config = json.dumps({"class": name, "arguments": arguments, "training": training or {}}, indent=2) + "\n"
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    new = {file: path / f".{file}.new" for file in (WEIGHTS, CONFIG)}
-    try:
-        new[WEIGHTS].write_bytes(to_bytes(weights))  # not save_file, which makes files that only their owner can read
-        new[CONFIG].write_text(config)
-        for file, temporary in new.items():
-            os.replace(temporary, path / file)
-    finally:
-        for temporary in new.values():
-            temporary.unlink(missing_ok=True)
+    with replacing(path / WEIGHTS) as new_weights, replacing(path / CONFIG) as new_config:
+        new_weights.write(to_bytes(weights))  # not save_file, which makes files that only their owner can read
+        new_config.write(config.encode())
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:

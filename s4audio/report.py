@@ -1,56 +1,188 @@
-"""Pictures of audio: the one place that draws. matplotlib is imported when something is drawn, not before."""
+"""Pictures of signals and pages with players: the one place that draws and writes HTML.
 
+matplotlib and jinja2 are imported when something is drawn, not before. A page is one file that needs no network: sounds are
+embedded as FLAC and pictures as SVG whose colours follow the reader's light or dark theme.
+"""
+
+import base64
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+from s4audio.audio import encode_flac
+from s4audio.files import replacing
 from s4audio.losses import magnitude
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, ACCENT = "#333333", "#1f6f8b"
+P = ParamSpec("P")
+R = TypeVar("R")
+
+INK, ACCENT, SECOND, FAINT = "#333333", "#1f6f8b", "#c4622d", "#b0b0b0"
+STYLE: Any = {
+    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": FAINT, "xtick.color": INK, "ytick.color": INK,
+    "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.spines.top": False, "axes.spines.right": False,
+    "font.size": 9, "grid.color": FAINT, "grid.linewidth": 0.4, "legend.frameon": False, "svg.fonttype": "none",
+}  # fmt: skip
 
 
-def clips_figure(clips: dict[str, Tensor], sample_rate: int) -> "Figure":
+def _styled(draw: Callable[P, R]) -> Callable[P, R]:
+    """The function with STYLE in force while it runs, and matplotlib's own settings as they were afterwards."""
+
+    @functools.wraps(draw)
+    def styled(*args: P.args, **kwargs: P.kwargs) -> R:
+        from matplotlib import rc_context
+
+        with rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return styled
+
+
+class Clip(NamedTuple):
+    """A sound on a page: a player under a name, with its picture."""
+
+    name: str
+    audio: Tensor  # (channels, T)
+    sample_rate: int  # Hz
+
+
+class Section(NamedTuple):
+    """A part of a page; what is empty is left out."""
+
+    title: str
+    text: Sequence[str] = ()  # paragraphs
+    clips: Sequence[Clip] = ()
+    figures: Sequence[tuple[str, "Figure"]] = ()  # caption, picture
+    table: Sequence[Sequence[str]] = ()  # rows; the first is the heading
+    commands: Sequence[tuple[str, str]] = ()  # what for, what to type
+
+
+def write_page(path: str | Path, title: str, lead: str, sections: Sequence[Section]) -> None:
+    """Writes a page that stands on its own; it appears whole, in the place of an older one, or not at all.
+
+    Args:
+        path: of the HTML file.
+        title: the heading.
+        lead: one or two sentences under it.
+        sections: what follows.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(loader=PackageLoader("s4audio", "."), autoescape=True, undefined=StrictUndefined)
+    environment.filters.update(player=_player, clip_svg=_clip_svg, svg=_svg)
+    page = environment.get_template("report.html").render(title=title, lead=lead, sections=sections)
+    with replacing(path) as file:
+        file.write(page.encode())
+
+
+@_styled
+def clips_figure(clips: Mapping[str, Tensor], sample_rate: int) -> "Figure":
     """Waveform and spectrogram of each named clip, one column a clip.
 
     Args:
         clips: name -> (channels, T) audio; the first channel is drawn.
         sample_rate: in Hz.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.0 * len(clips), 4.6), layout="constrained")
+    figure = _figure(6.0 * len(clips), 4.6)
     axes = figure.subplots(2, len(clips), squeeze=False, sharex=True, sharey="row", height_ratios=(2, 3))
     for column, (name, audio) in enumerate(clips.items()):
-        wave, picture = axes[0, column], axes[1, column]
         samples = audio[0].detach().float().cpu()
-        seconds = samples.shape[-1] / sample_rate
-        low, high = _envelope(samples)
-        time = torch.linspace(0, seconds, low.shape[-1])
-        wave.fill_between(time.numpy(), low.numpy(), high.numpy(), color=ACCENT, linewidth=0.3)
-        wave.set_ylim(-1.05, 1.05)
-        rms_db = 10 * torch.log10(samples.square().mean().clamp_min(1e-12)).item()
-        wave.set_title(f"{name}: peak {samples.abs().max().item():.2f}, {rms_db:.1f} dBFS RMS", fontsize=10, color=INK)
-        image = picture.imshow(
-            _spectrogram_db(samples).numpy(), origin="lower", aspect="auto", cmap="magma", vmin=-90, vmax=0,
-            extent=(0, seconds, 0, sample_rate / 2000), interpolation="nearest",
-        )  # fmt: skip
-        picture.set_xlabel("seconds")
+        image = _draw_clip(axes[0, column], axes[1, column], samples, sample_rate)
+        axes[0, column].set_title(f"{name}: {_level(samples)}", fontsize=10)
     axes[0, 0].set_ylabel("amplitude")
     axes[1, 0].set_ylabel("kHz")
     figure.colorbar(image, ax=axes[1, :].tolist(), label="dB re a full-scale sine", pad=0.01)
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def save_clips_figure(path: str | Path, clips: dict[str, Tensor], sample_rate: int) -> None:
-    """`clips_figure` as a PNG file."""
-    clips_figure(clips, sample_rate).savefig(path, dpi=100, format="png")
+def save_figure(path: str | Path, figure: "Figure") -> None:
+    """The figure as a PNG file."""
+    with replacing(path) as file:
+        figure.savefig(file, dpi=100, format="png")
+
+
+@_styled
+def curves_figure(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], ylabel: str, log: bool = True) -> "Figure":
+    """Values over training steps: lines for many points, marks too for a few.
+
+    Args:
+        curves: name -> (steps, values).
+        ylabel: what the values are.
+        log: whether the values are drawn on a logarithmic scale.
+    """
+    figure = _figure(5.2, 2.6)
+    axis = figure.subplots()
+    for colour, (name, (steps, values)) in zip((ACCENT, SECOND), curves.items(), strict=False):
+        marker = "o" if len(steps) < 30 else None
+        axis.plot(steps, values, color=colour, label=name, linewidth=1.3, marker=marker, markersize=3)
+    if log:
+        axis.set_yscale("log")
+    axis.set_xlabel("step")
+    axis.set_ylabel(ylabel)
+    axis.grid(axis="y")
+    if len(curves) > 1:
+        axis.legend()
+    return figure
+
+
+@_styled
+def poles_figure(layers: Mapping[str, tuple[Tensor, Tensor]], in_time: bool = True) -> "Figure":
+    """What each layer can remember: the frequency of every pole, and how long it rings.
+
+    Poles that hardly swing stand at the left edge.
+
+    Args:
+        layers: name -> frequencies and decay times to 1/e of its poles, in Hz and seconds, or cycles a sample and samples.
+        in_time: whether it is Hz and seconds.
+    """
+    lowest = 1e-4 * max(frequency.max().item() for frequency, _ in layers.values())
+    columns = min(2, len(layers))
+    rows = -(-len(layers) // columns)
+    figure = _figure(5.2, 0.7 + 1.5 * rows)
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for axis, (name, (frequency, decay)) in zip(axes.flat, layers.items(), strict=False):
+        axis.scatter(frequency.clamp_min(lowest), decay, s=3, color=ACCENT, alpha=0.35, linewidths=0)
+        axis.set_title(name, fontsize=8)
+    for axis in list(axes.flat)[len(layers) :]:
+        axis.set_visible(False)
+    axes[0, 0].set_xscale("log")
+    axes[0, 0].set_yscale("log")
+    figure.supxlabel("frequency, Hz" if in_time else "frequency, cycles a sample", fontsize=9, color=INK)
+    figure.supylabel("decay to 1/e, s" if in_time else "decay to 1/e, samples", fontsize=9, color=INK)
+    return figure
+
+
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _draw_clip(wave: "Axes", picture: "Axes", samples: Tensor, sample_rate: int) -> Any:
+    """Waveform above, spectrogram below; returns the latter's image."""
+    seconds = samples.shape[-1] / sample_rate
+    low, high = _envelope(samples)
+    time = torch.linspace(0, seconds, low.shape[-1])
+    wave.fill_between(time.numpy(), low.numpy(), high.numpy(), color=ACCENT, linewidth=0.3)
+    wave.set_ylim(-1.05, 1.05)
+    picture.set_xlabel("seconds")
+    return picture.imshow(
+        _spectrogram_db(samples).numpy(), origin="lower", aspect="auto", cmap="magma", vmin=-90, vmax=0,
+        extent=(0, seconds, 0, sample_rate / 2000), interpolation="nearest",
+    )  # fmt: skip
+
+
+def _level(samples: Tensor) -> str:
+    rms_db = 10 * torch.log10(samples.square().mean().clamp_min(1e-12)).item()
+    return f"peak {samples.abs().max().item():.2f}, {rms_db:.1f} dBFS RMS"
 
 
 def _envelope(samples: Tensor, points: int = 1200) -> tuple[Tensor, Tensor]:
@@ -65,3 +197,34 @@ def _spectrogram_db(samples: Tensor) -> Tensor:
     n_fft = 512
     hop_length = max(n_fft // 4, samples.shape[-1] // 1000)
     return 20 * torch.log10(magnitude(samples, n_fft, hop_length) / (n_fft / 4)).clamp_min(-6)
+
+
+def _player(clip: Clip) -> str:
+    """The sound as the address of an audio element; beyond full scale it is clipped, as in a file."""
+    return "data:audio/flac;base64," + base64.b64encode(encode_flac(clip.audio, clip.sample_rate)).decode()
+
+
+@_styled
+def _clip_svg(clip: Clip) -> Any:
+    figure = _figure(5.2, 2.7)
+    wave, picture = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
+    samples = clip.audio[0].detach().float().cpu()
+    _draw_clip(wave, picture, samples, clip.sample_rate)
+    wave.set_title(_level(samples), fontsize=8, loc="left")
+    wave.set_yticks([])
+    picture.set_ylabel("kHz")
+    return _svg(figure)
+
+
+@_styled
+def _svg(figure: "Figure") -> Any:
+    """The figure as inline SVG in the page's colours and letters."""
+    from markupsafe import Markup
+
+    text = StringIO()
+    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]
+    for colour, variable in ((INK, "--ink"), (ACCENT, "--accent"), (SECOND, "--second"), (FAINT, "--faint")):
+        svg = svg.replace(colour, f"var({variable})")
+    return Markup(svg)

@@ -8,14 +8,15 @@ Both are (batch, channels, samples) in and out, for every length, with `encode` 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from s4audio.layers import S4D, CausalConv1d, CausalConvTranspose1d, Chain, ChannelNorm, GatedBlock
+from s4audio.layers import S4D, CausalConv1d, CausalConvTranspose1d, Chain, GatedBlock
 from s4audio.losses import LOSSES
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -189,7 +190,7 @@ class CausalAutoencoder(WaveformAutoencoder):
         strides: downsampling factors, outermost first; hop_length is their product.
         widths: channels of each stage, outermost first; one more than strides.
         latent_channels: D; the latent holds D * sample_rate / hop_length numbers a second.
-        num_blocks: S4D blocks in each stage, in the encoder and again in the decoder.
+        num_blocks: S4D blocks of each stage, outermost first, in the encoder and again in the decoder; one number for all.
         d_state: real state size of each channel.
         channels: of the audio.
         losses: names of LOSSES.
@@ -199,7 +200,7 @@ class CausalAutoencoder(WaveformAutoencoder):
         dt_max: largest step size at initialization.
 
     Raises:
-        ValueError: widths and strides that do not fit, an unknown loss, or what S4D refuses.
+        ValueError: widths, strides and num_blocks that do not fit, an unknown loss, or what S4D refuses.
 
     Source: ours; strided encoders of waveforms as in Défossez et al. 2022, "High fidelity neural audio compression".
     """
@@ -211,7 +212,7 @@ class CausalAutoencoder(WaveformAutoencoder):
         strides: Sequence[int] = (2, 4, 4),
         widths: Sequence[int] = (16, 32, 64, 64),
         latent_channels: int = 16,
-        num_blocks: int = 1,
+        num_blocks: int | Sequence[int] = 1,
         d_state: int = 64,
         channels: int = 1,
         losses: Sequence[str] = ("l1", "stft"),
@@ -226,28 +227,32 @@ class CausalAutoencoder(WaveformAutoencoder):
             raise ValueError(
                 f"widths has {len(widths)} entries and strides {len(strides)}; wanted one width more than strides."
             )
+        depths = [num_blocks] * len(widths) if isinstance(num_blocks, int) else list(num_blocks)
+        if len(depths) != len(widths):
+            raise ValueError(f"num_blocks has {len(depths)} entries and widths {len(widths)}; wanted one for each width.")
         self.sample_rate, self.strides, self.widths = sample_rate, tuple(strides), tuple(widths)
-        self.latent_channels, self.num_blocks, self.d_state, self.channels = latent_channels, num_blocks, d_state, channels
+        self.latent_channels, self.d_state, self.channels = latent_channels, d_state, channels
+        self.num_blocks = num_blocks if isinstance(num_blocks, int) else tuple(num_blocks)
         self.losses, self.discretization, self.init = tuple(losses), discretization, init
         self.dt_min, self.dt_max = dt_min, dt_max
         self.hop_length = 1
         for stride in strides:
             self.hop_length *= stride
 
-        def blocks(width: int) -> list[nn.Module]:
-            return [
-                GatedBlock(S4D(width, d_state, init=init, discretization=discretization, dt_min=dt_min, dt_max=dt_max))
-                for _ in range(num_blocks)
-            ]
+        def stage(index: int) -> list[nn.Module]:
+            layer = partial(S4D, init=init, discretization=discretization, dt_min=dt_min, dt_max=dt_max)
+            return [GatedBlock(layer(widths[index], d_state)) for _ in range(depths[index])]
 
+        innermost = len(strides)
         encoder: list[nn.Module] = [CausalConv1d(channels, widths[0], 7)]
-        for stride, width, wider in zip(strides, widths, widths[1:], strict=False):
-            encoder += [*blocks(width), CausalConv1d(width, wider, 2 * stride, stride)]
-        self.encoder = Chain(*encoder, *blocks(widths[-1]), nn.Conv1d(widths[-1], latent_channels, 1))
-        decoder: list[nn.Module] = [nn.Conv1d(latent_channels, widths[-1], 1), *blocks(widths[-1])]
-        for stride, width, wider in zip(strides[::-1], widths[-2::-1], widths[:0:-1], strict=False):
-            decoder += [CausalConvTranspose1d(wider, width, 2 * stride, stride), *blocks(width)]
-        self.decoder = Chain(*decoder, ChannelNorm(widths[0]), CausalConv1d(widths[0], channels, 7))
+        decoder: list[nn.Module] = [nn.Conv1d(latent_channels, widths[-1], 1), *stage(innermost)]
+        for index, stride in enumerate(strides):
+            encoder += [*stage(index), CausalConv1d(widths[index], widths[index + 1], 2 * stride, stride)]
+        for index, stride in reversed(list(enumerate(strides))):
+            decoder += [CausalConvTranspose1d(widths[index + 1], widths[index], 2 * stride, stride), *stage(index)]
+        self.encoder = Chain(*encoder, *stage(innermost), nn.Conv1d(widths[-1], latent_channels, 1))
+        # No norm before the last convolution: it would take the loudness away that the convolution must give back.
+        self.decoder = Chain(*decoder, CausalConv1d(widths[0], channels, 7))
         self.latent_mean: Tensor
         self.latent_std: Tensor
         self.register_buffer("latent_mean", torch.zeros(latent_channels, 1))
@@ -304,6 +309,27 @@ class CausalAutoencoder(WaveformAutoencoder):
         latent, encoder = self.encoder.step(audio, state.encoder)
         audio, decoder = self.decoder.step(latent, state.decoder)
         return audio, AutoencoderState(encoder, decoder)
+
+
+@torch.no_grad()
+def stream_blocks(model: CausalAutoencoder, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+    """`model` of a recording that comes in blocks (channels, samples) of any lengths; the output is as long as the input.
+
+    Blocks are taken and given one at a time, so that memory does not grow with the recording.
+
+    Raises:
+        RuntimeError: the model cannot stream.
+    """
+    state, taken, given = model.initial_state(1), 0, 0
+    for block in blocks:
+        taken += block.shape[-1]
+        y, state = model.stream(block.unsqueeze(0), state)
+        given += y.shape[-1]
+        if y.shape[-1]:
+            yield y[0]
+    if given < taken:  # an incomplete last frame
+        y, _ = model.stream(block.new_zeros(1, block.shape[0], model.hop_length - 1), state)
+        yield y[0, :, : taken - given]
 
 
 def _check_losses(losses: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from s4audio.ssm.diagonal import DiagonalSystem, check_gap, diagonal_system
 from s4audio.ssm.discretize import DISCRETIZATIONS, check_discretization
 from s4audio.ssm.dplr import DPLRSystem, dplr_system
 from s4audio.ssm.init import INITS, initial_system
-from s4audio.ssm.ops import BACKENDS, System, backend, kernel, run, step, zero_state
+from s4audio.ssm.ops import BACKENDS, System, backend, kernel, poles, run, step, zero_state
 
 __all__ = [
     "BACKENDS",
@@ -33,6 +33,7 @@ __all__ = [
     "dplr_system",
     "initial_system",
     "kernel",
+    "poles",
     "run",
     "step",
     "zero_state",

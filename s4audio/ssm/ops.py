@@ -94,6 +94,17 @@ def kernel(system: System, length: int) -> Tensor:
     return K.to(system.C.real.dtype)
 
 
+def poles(system: System) -> tuple[Tensor, Tensor]:
+    """Frequency in cycles a sample, 0 to 0.5, and time to decay to 1/e in samples, of every mode: each (H, modes) float64.
+
+    They say what a channel can remember, and for how long. An undamped mode has a decay of infinity. Of a system with one
+    gap per sample they are per unit of gap.
+    """
+    log = system.log_A_bar if isinstance(system, DiagonalSystem) else torch.linalg.eigvals(system.A_bar).log()
+    angle = torch.remainder(log.imag.abs(), 2 * torch.pi)
+    return torch.minimum(angle, 2 * torch.pi - angle) / (2 * torch.pi), 1 / (-log.real).clamp_min(0)
+
+
 def zero_state(system: System, batch_size: int, dtype: torch.dtype) -> Tensor:
     """The state before the first sample, for inputs of the real `dtype`."""
     kind = dtype.to_complex() if system.C.is_complex() else dtype

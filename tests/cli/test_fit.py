@@ -1,55 +1,23 @@
-"""The command line from a folder of audio to sound: reproducible, resumable, and clear when something is wrong."""
+"""Training by a recipe: reproducible, resumable, and clear when something is wrong."""
 
 import json
 import types
 from pathlib import Path
 
 import lightning
-import numpy as np
 import pytest
-import soundfile
 import torch
 import yaml
 
-from s4audio import CausalAutoencoder, S4DAutoencoder, S4Model, save
+from s4audio import S4DAutoencoder, save
 from s4audio.checkpoint import read_config
-from s4audio.cli import main
 from s4audio.tasks.callbacks import RunFolder
 from s4audio.tasks.generative import DivergenceError, GenerativeTask
-
-ROOT = Path(__file__).parent.parent
-RECIPE = str(ROOT / "recipes" / "debug.yaml")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Three decaying tones of 2 s, and one that is shorter than a clip."""
-    path = tmp_path_factory.mktemp("audio")
-    for number, seconds in enumerate((2.0, 2.0, 2.0, 0.2)):
-        time = np.arange(round(8000 * seconds)) / 8000
-        tone = 0.4 * np.sin(2 * np.pi * 110 * (number + 2) * time) * np.exp(-time)
-        soundfile.write(path / f"tone{number}.wav", tone, 8000)
-    return path
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("models") / "model"
-    save(CausalAutoencoder(4000, strides=(2, 4), widths=(4, 6, 8), d_state=8), path, training={"normalize": "peak"})
-    return path
-
-
-def fit(folder: Path, out: Path, *options: str) -> int:
-    return main(["fit", "--config", RECIPE, "--data.init_args.train", str(folder), "--out", str(out), *options])
+from tests.cli.commands import RECIPE, fit, refused
 
 
 def weights(out: Path) -> bytes:
     return (out / "last" / "model.safetensors").read_bytes()
-
-
-def wav(path: Path) -> np.ndarray:
-    return soundfile.read(path, dtype="int16")[0]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -174,106 +142,6 @@ def test_without_validation_best_is_the_last(folder, tmp_path):
         assert (tmp_path / "run" / "best" / "model.safetensors").read_bytes() == weights(tmp_path / "run")
 
 
-def test_noise_gives_the_same_clips_whatever_the_batch(model, tmp_path):
-    def generate(out: str, *options: str) -> list[np.ndarray]:
-        arguments = [
-            "generate",
-            str(model),
-            "--from",
-            "noise",
-            "--num",
-            "3",
-            "--seconds",
-            "1.1",
-            "--out",
-            str(tmp_path / out),
-        ]
-        assert main([*arguments, *options]) == 0
-        return [wav(tmp_path / out / f"noise_{'7' if '7' in options else '0'}_{i:03d}.wav") for i in range(3)]
-
-    first, again, single = generate("a"), generate("b"), generate("c", "--batch-size", "1")
-    other = generate("d", "--seed", "7")
-    for index in range(3):
-        assert len(first[index]) == 4400
-        assert np.array_equal(first[index], again[index])
-        assert np.abs(first[index].astype(int) - single[index]).max() <= 1
-        assert not np.array_equal(first[index], other[index])
-    assert not np.array_equal(first[0], first[1])
-    assert sorted(p.suffix for p in (tmp_path / "a").iterdir()) == [".png"] * 3 + [".wav"] * 3
-
-
-def test_recordings_are_reconstructed_or_varied(model, folder, tmp_path):
-    for out, variation in (("same", "0"), ("near", "0.1"), ("far", "0.9")):
-        arguments = ["generate", str(model), "--from", str(folder), "--variation", variation, "--out", str(tmp_path / out)]
-        assert main(arguments) == 0
-    names = sorted(p.name for p in (tmp_path / "same").glob("*.wav"))
-    assert names == [f"tone{i}.wav" for i in range(4)]
-    same, near, far = (
-        wav(tmp_path / name).astype(float)
-        for name in ("same/tone0.wav", "near/tone0_variation_0.1.wav", "far/tone0_variation_0.9.wav")
-    )
-    assert len(same) == 8000  # 2 s at the model's 4,000 Hz
-    assert 0 < np.abs(near - same).mean() < np.abs(far - same).mean()
-    assert (tmp_path / "same" / "tone0.png").stat().st_size > 10_000
-
-
-def test_recordings_come_at_the_level_of_training_unless_told(model, folder, tmp_path, capsys):
-    for out, options in (("trained", []), ("peak", ["--normalize", "peak"]), ("none", ["--normalize", "none"])):
-        arguments = ["generate", str(model), "--from", str(folder / "tone0.wav"), "--out", str(tmp_path / out)]
-        assert main([*arguments, *options]) == 0
-        assert ("as they are" in capsys.readouterr().out) == (out == "none")
-    trained, peak, none = (wav(tmp_path / out / "tone0.wav") for out in ("trained", "peak", "none"))
-    assert np.array_equal(trained, peak) and not np.array_equal(peak, none)
-
-
-def test_files_of_one_name_do_not_overwrite_each_other(model, folder, tmp_path):
-    for name in ("a/x.wav", "a/x_2.wav", "b/x.wav"):
-        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "in" / name).write_bytes((folder / "tone3.wav").read_bytes())
-    assert main(["generate", str(model), "--from", str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 0
-    assert sorted(p.name for p in (tmp_path / "out").glob("*.wav")) == ["x.wav", "x_2.wav", "x_3.wav"]
-
-
-def test_recordings_are_never_overwritten(capsys, model, folder, tmp_path):
-    source = tmp_path / "x.wav"
-    source.write_bytes((folder / "tone3.wav").read_bytes())
-    before = source.read_bytes()
-    for origin in (source, tmp_path):
-        assert "would be overwritten" in refused(
-            capsys, "generate", str(model), "--from", str(origin), "--out", str(tmp_path)
-        )
-    assert source.read_bytes() == before
-
-
-def test_system_4_generates_too(tmp_path, folder):
-    save(S4DAutoencoder(3000), tmp_path / "model")
-    assert main(["generate", str(tmp_path / "model"), "--from", "noise", "--num", "1", "--out", str(tmp_path / "a")]) == 0
-    assert len(wav(tmp_path / "a" / "noise_0_000.wav")) == 30_000
-
-
-def refused(capsys, *arguments: str) -> str:
-    assert main(list(arguments)) == 2
-    error = capsys.readouterr().err.strip()
-    assert error.startswith("s4audio: ") and "Traceback" not in error and len(error.splitlines()) == 1
-    return error
-
-
-def test_wrong_input_ends_in_a_sentence_and_status_2(capsys, model, folder, tmp_path):
-    save(S4Model(3, 10, d_model=4, num_layers=1), tmp_path / "classifier")
-    (tmp_path / "empty").mkdir()
-    generate = ["generate", str(model), "--out", str(tmp_path / "out"), "--from"]
-    assert "'foo' is not a verb" in refused(capsys, "foo")
-    assert "is not a model: it has no config.json" in refused(capsys, "generate", str(folder), "--from", "noise")
-    assert "which classifies" in refused(capsys, "generate", str(tmp_path / "classifier"), "--from", "noise")
-    assert "does not exist" in refused(capsys, *generate, str(tmp_path / "nowhere"))
-    assert "holds no audio file" in refused(capsys, *generate, str(tmp_path / "empty"))
-    assert "--variation is 2.0" in refused(capsys, *generate, str(folder), "--variation", "2")
-    assert "must be at least 1" in refused(capsys, *generate, "noise", "--num", "0")
-    assert "--from noise there is none" in refused(capsys, *generate, "noise", "--variation", "0.5")
-    assert "--seconds positive" in refused(capsys, *generate, "noise", "--seconds", "inf")
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_wrong_recipes_end_in_a_sentence_and_status_2(capsys, folder, tmp_path):
     def with_change(change) -> str:
@@ -303,12 +171,6 @@ def test_wrong_recipes_end_in_a_sentence_and_status_2(capsys, folder, tmp_path):
     fit_here = ["fit", "--config", RECIPE, "--data.init_args.train", str(folder), "--out", str(tmp_path / "run")]
     assert "the trainer refuses" in refused(capsys, *fit_here, "--trainer.accelerator", "tpu")
     assert not (tmp_path / "run").exists()
-
-
-def test_help_says_what_there_is(capsys):
-    assert main(["--help"]) == 0
-    assert "generate MODEL --from noise" in capsys.readouterr().out
-    assert main([]) == 2
 
 
 def test_divergence_stops_with_the_step_and_the_term():

@@ -1,58 +1,36 @@
-"""The command line: the one place that parses arguments. Wrong input ends in a sentence and exit status 2."""
+"""`s4audio fit`: trains what a recipe says, and writes a page about what came out."""
 
-import argparse
 import logging
 import re
-import sys
-import time
 import warnings
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from torch import Tensor
 
-from s4audio import __version__, checkpoint
-from s4audio.audio import NORMALIZATIONS, AudioError, find_audio, normalize, read_audio, write_audio
+from s4audio import checkpoint
+from s4audio.cli.arguments import shipped
+from s4audio.cli.info import describe, describe_training, memories
+from s4audio.report import Clip, Section, curves_figure, poles_figure, write_page
 
-USAGE = """usage: s4audio VERB ...
+HELP = """usage: s4audio fit --config RECIPE.yaml [--KEY VALUE ...]
 
-  fit --config RECIPE.yaml      train a model; in an existing run folder, go on with that run
-  generate MODEL --from noise   make audio from noise
-  generate MODEL --from FILE    make audio from a recording, or from every recording in a folder
+Trains what a recipe says. Everything in a recipe can be set on the command line by its path:
 
-`s4audio VERB --help` tells more. A MODEL is a folder such as runs/NAME/best."""
+  --data.init_args.train FOLDER        recordings to train on, in any format, searched in subfolders too
+  --data.init_args.valid FOLDER        recordings to score on; `null` sets some of the others aside
+  --out FOLDER                         the run folder; if it holds a run already, that run goes on
+  --trainer.max_steps N                length of the training
+  --trainer.accelerator cpu            the CPU, also where there is a GPU
+  --save_every N                       steps between checkpoints
+  --print_config                       the whole recipe as it would run, and nothing else
 
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a verb; returns the exit status."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    verbs: dict[str, Callable[[list[str]], None]] = {"fit": fit, "generate": generate}
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        return 0 if arguments else 2
-    if arguments[0] == "--version":
-        print(f"s4audio {__version__}")
-        return 0
-    if arguments[0] not in verbs:
-        return _fail(f"{arguments[0]!r} is not a verb; there are {' and '.join(verbs)}.")
-    try:
-        verbs[arguments[0]](arguments[1:])
-    except ValueError as error:  # AudioError and CheckpointError are ValueErrors
-        return _fail(str(error))
-    except OSError as error:
-        return _fail(f"{error.filename}: {error.strerror}; choose another folder." if error.filename else str(error))
-    except RuntimeError as error:
-        return _fail(str(error), status=1)
-    return 0
-
-
-def _fail(message: str, status: int = 2) -> int:
-    print(f"s4audio: {' '.join(message.split())}", file=sys.stderr)
-    return status
+The run folder gets best and last (models), report.html (a page to see and hear), TensorBoard's files and the recipe.
+Ctrl-C stops; the same command goes on. `s4audio fit --help-all` lists every key that exists."""
+PAGE = "report.html"
+CLIP_SECONDS = 10.0
 
 
 def fit(arguments: list[str]) -> None:
@@ -65,10 +43,13 @@ def fit(arguments: list[str]) -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
-    if not any(argument.startswith(("--config", "-c", "--help", "-h", "--print_config")) for argument in arguments):
+    if {"-h", "--help"} & set(arguments):
+        print(HELP)
+        return
+    if not any(argument.startswith(("--config", "-c", "--help-all", "--print_config")) for argument in arguments):
         raise ValueError("fit needs a recipe, for example: s4audio fit --config recipes/debug.yaml")
     try:
-        cli = _recipe_cli(arguments)
+        cli = _recipe_cli(["--help" if a == "--help-all" else _shipped_recipe(a) for a in arguments])
     except (MisconfigurationException, ImportError) as error:  # ImportError: hardware whose own package is missing
         raise ValueError(f"the trainer refuses the recipe: {error}") from error
     out, data, resume = Path(cli.config["out"]), cli.training, Path(cli.config["out"]) / TRAINER_CHECKPOINT
@@ -95,6 +76,12 @@ def fit(arguments: list[str]) -> None:
     except SystemExit:  # what Lightning makes of Ctrl-C, after the run folder has saved
         print(f"\nstopped at step {cli.trainer.global_step} and saved {out / 'last'}; the same command goes on from there.")
         raise SystemExit(130) from None
+    write_page(
+        out / PAGE,
+        f"The run {out.name}",
+        "A model of raw audio, on recordings that it was not trained on.",
+        run_sections(out, cli.datamodule.valid_clips),
+    )
     best = checkpoint.read_config(out / "best")["training"]
     chosen = (
         f"step {best['steps']}, best on the held-out clips"
@@ -102,8 +89,89 @@ def fit(arguments: list[str]) -> None:
         else "not scored on held-out clips"
     )
     print(f"\nmodel:    {out / 'best'} ({chosen}) and {out / 'last'}")
+    print(f"page:     {out / PAGE}, to open in a browser")
     print(f"curves:   tensorboard --logdir {out}")
     print(f"generate: s4audio generate {out / 'best'} --from noise --num 4 --seconds 10 --out generated")
+
+
+@torch.no_grad()
+def run_sections(out: Path, held_out: list[Tensor]) -> list[Section]:
+    """What a finished run has to show: sounds, figures, curves, poles and what to type next.
+
+    Args:
+        out: the run folder.
+        held_out: recordings (1, T) at the model's rate and level.
+    """
+    model: Any = checkpoint.load(out / "best")
+    training, rate = checkpoint.read_config(out / "best")["training"], model.sample_rate
+    clips = []
+    for number, audio in enumerate(held_out[:2], start=1):
+        audio = audio[..., : round(CLIP_SECONDS * rate)]
+        clips += [
+            Clip(f"recording {number}, not trained on", audio, rate),
+            Clip(f"recording {number} through the model", model(audio.unsqueeze(0))[0], rate),
+        ]
+    generator = torch.Generator().manual_seed(0)
+    sample = model.sample(1, round(CLIP_SECONDS / 2 * rate), generator=generator)[0]
+    curves = read_curves(out)
+    losses = {name: curves[tag] for name, tag in (("training", "train/loss"), ("held out", "valid/loss")) if tag in curves}
+    figures = [("Loss: lower is better.", curves_figure(losses, "loss"))] if losses else []
+    if "valid/si_sdr_db" in curves:
+        scores = {"held out": curves["valid/si_sdr_db"]}
+        figures.append(("SI-SDR on the held-out recordings: higher is better.", curves_figure(scores, "dB", log=False)))
+    facts = [("", ""), *describe(model), *describe_training(training)]
+    return [
+        Section("Listen", ["Left a recording that the model was not trained on, right what it makes of it."], clips=clips),
+        Section(
+            "From noise", ["An autoencoder learns what a latent means, not which latents sound like music: expect texture."],
+            clips=[Clip("a random latent", sample, rate)],
+        ),
+        Section("The model", table=facts),
+        Section("How it trained", figures=figures),
+        memory_section(model),
+        Section("What to type next", commands=next_commands(out / "best")),
+    ]  # fmt: skip
+
+
+def memory_section(model: torch.nn.Module) -> Section:
+    """What the layers of a model remember, as a picture."""
+    poles = {memory.name: (memory.frequency, memory.decay) for memory in memories(model)}
+    text = (
+        "Each point is a resonance inside the model: how fast it swings, and how long it rings until 1/e is left. Points "
+        "high up remember long, points to the right hear fine detail."
+    )
+    return Section("What it remembers", [text], figures=[("Poles of each state-space layer.", poles_figure(poles))])
+
+
+def next_commands(model: Path) -> list[tuple[str, str]]:
+    """What to do with a model, and how."""
+    return [
+        ("Send a recording of any length through it:", f"s4audio reconstruct {model} MY_RECORDING.wav out.wav"),
+        ("Hear variations of a recording:", f"s4audio generate {model} --from MY_RECORDING.wav --variation 0.3"),
+        ("Look inside:", f"s4audio info {model}"),
+        ("Train on recordings of your own:",
+            "s4audio fit --config recipes/autoencoder_16k.yaml --data.init_args.train MY_RECORDINGS"),
+    ]  # fmt: skip
+
+
+def read_curves(out: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """Steps and values of everything that a run logged, by name."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(out / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    curves = {}
+    for tag in events.Tags()["scalars"]:
+        points = events.Scalars(tag)
+        curves[tag] = [point.step for point in points], [point.value for point in points]
+    return curves
+
+
+def _shipped_recipe(argument: str) -> str:
+    """A recipe's path, or that of the one of this name that comes with the package, if there is no such file here."""
+    option, equals, value = argument.rpartition("=")
+    if option in ("", "--config", "-c") and value.startswith("recipes/") and not Path(value).exists():
+        return option + equals + str(shipped(value))
+    return argument
 
 
 def _recipe_cli(arguments: list[str]) -> Any:
@@ -224,116 +292,3 @@ def _innermost(error: BaseException) -> str:
         if cause is None:
             return f"{key}: {error}" if key and str(error).startswith("Expected") else str(error)
         error = cause
-
-
-def generate(arguments: list[str]) -> None:
-    """Writes audio made by a model, with a picture of each clip."""
-    parser = argparse.ArgumentParser(prog="s4audio generate", description="Make audio from noise or from recordings.")
-    parser.add_argument("model", help="model folder, such as runs/NAME/best")
-    parser.add_argument("--from", dest="source", required=True, metavar="noise|FILE|FOLDER", help="what to start from")
-    parser.add_argument("--num", type=int, default=4, help="clips to make from noise (default 4)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="length of a clip made from noise (default 10)")
-    parser.add_argument(
-        "--variation", type=float, default=0.0, help="0 (default) reconstructs; up to 1, more noise in the latent"
-    )
-    parser.add_argument("--normalize", choices=NORMALIZATIONS, help="level of the recordings; default: as in training")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same clips (default 0)")
-    parser.add_argument("--batch-size", type=int, default=4, help="clips from noise at a time (default 4)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--out", default="generated", help="folder for the WAV and PNG files (default generated)")
-    args = parser.parse_args(arguments)
-    if args.num < 1 or args.batch_size < 1 or args.seed < 0 or not 0 < args.seconds < float("inf"):
-        raise ValueError("--num and --batch-size must be at least 1, --seconds positive and --seed not negative.")
-    if not 0 <= args.variation <= 1:
-        raise ValueError(f"--variation is {args.variation}; wanted 0 (reconstruction) to 1 (only noise).")
-    if args.source == "noise" and args.variation:
-        raise ValueError("--variation mixes noise into a recording; with --from noise there is none.")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device is cuda, but torch finds no CUDA device here; leave --device out to use the CPU.")
-    sources = None if args.source == "noise" else find_audio(args.source)
-    model: Any = checkpoint.load(args.model, args.device)
-    if not hasattr(model, "sample"):
-        raise ValueError(f"{args.model} is a {type(model).__name__}, which classifies; generate needs an autoencoder.")
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
-    if sources is None:
-        seconds = _from_noise(model, args, out)
-    else:
-        how = args.normalize or checkpoint.read_config(args.model)["training"].get("normalize", "none")
-        seconds = _from_recordings(model, args, sources, how, out)
-    took = time.monotonic() - started
-    print(f"{seconds:.1f} s of audio in {took:.1f} s, at {model.sample_rate} Hz, in {out}")
-
-
-@torch.no_grad()
-def _from_noise(model: Any, args: argparse.Namespace, out: Path) -> float:
-    num_samples = max(1, round(args.seconds * model.sample_rate))
-    for first in range(0, args.num, args.batch_size):
-        indices = range(first, min(first + args.batch_size, args.num))
-        generators = [_generator(args.seed, index) for index in indices]
-        clips = model.sample(len(generators), num_samples, generator=generators).cpu()
-        for index, clip in zip(indices, clips, strict=True):
-            _write(out, f"noise_{args.seed}_{index:03d}", {"output, from noise": clip}, model.sample_rate)
-    return args.num * num_samples / model.sample_rate
-
-
-@torch.no_grad()
-def _from_recordings(model: Any, args: argparse.Namespace, files: list[Path], how: str, out: Path) -> float:
-    names = [f"{name}_variation_{args.variation:g}" if args.variation else name for name in _distinct_names(files)]
-    originals = {file.resolve() for file in files}
-    for name in names:
-        if (out / f"{name}.wav").resolve() in originals:
-            raise ValueError(f"{out / name}.wav is a recording to read and would be overwritten; choose another --out.")
-    print(f"{len(files)} recordings, mono at {model.sample_rate} Hz, level: {'as they are' if how == 'none' else how}")
-    seconds, failures = 0.0, []
-    for index, (file, name) in enumerate(zip(files, names, strict=True)):
-        try:
-            audio, _ = read_audio(file, model.sample_rate, mono=model.channels == 1)
-            if audio.shape[0] != model.channels:
-                raise AudioError(f"{file} has {audio.shape[0]} channels; the model wants {model.channels}.")
-        except AudioError as error:
-            failures.append(str(error))
-            print(f"skipped: {error}", file=sys.stderr)
-            continue
-        audio = normalize(audio, how)
-        estimate = model.vary(audio.unsqueeze(0).to(args.device), args.variation, [_generator(args.seed, index)])[0].cpu()
-        title = "output, reconstructed" if args.variation == 0 else f"output, variation {args.variation:g}"
-        _write(out, name, {"input": audio, title: estimate}, model.sample_rate)
-        seconds += audio.shape[-1] / model.sample_rate
-    if len(failures) == len(files):
-        raise AudioError(f"none of the {len(files)} recordings could be read.")
-    return seconds
-
-
-def _write(out: Path, name: str, clips: dict[str, Tensor], sample_rate: int) -> None:
-    """NAME.wav from the last clip and NAME.png from all."""
-    from s4audio.report import save_clips_figure
-
-    *_, audio = clips.values()
-    clipped = write_audio(out / f"{name}.wav", audio, sample_rate)
-    save_clips_figure(out / f"{name}.png", clips, sample_rate)
-    note = f" ({clipped} samples beyond full scale were clipped)" if clipped else ""
-    print(f"{out / name}.wav and .png{note}", flush=True)
-
-
-def _generator(seed: int, index: int) -> torch.Generator:
-    """The noise of one clip, from (seed, index) alone."""
-    state: Any = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]) % 2**63)
-
-
-def _distinct_names(files: list[Path]) -> list[str]:
-    """A name for each file's output: its stem, with a number where that is taken."""
-    names: list[str] = []
-    for file in files:
-        name, count = file.stem, 1
-        while name in names:
-            count += 1
-            name = f"{file.stem}_{count}"
-        names.append(name)
-    return names
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,65 @@
+"""The command line: the one place that parses arguments. Wrong input ends in a sentence and exit status 2."""
+
+import difflib
+import errno
+import sys
+from collections.abc import Callable, Sequence
+
+from s4audio import __version__
+from s4audio.cli.demo import demo
+from s4audio.cli.doctor import doctor
+from s4audio.cli.fit import fit
+from s4audio.cli.generate import generate
+from s4audio.cli.info import info
+from s4audio.cli.reconstruct import reconstruct
+
+HELP = """s4audio trains models of raw audio on a folder of recordings, and makes sound with them.
+
+  s4audio demo                                see and hear it all: trains a small model on the clips that come with it
+  s4audio fit --config RECIPE.yaml            train a model; given the same run folder again, go on where it stopped
+  s4audio generate MODEL --from noise         make audio from noise, or from a recording with --from FILE
+  s4audio reconstruct MODEL IN.wav OUT.wav    send a recording of any length through a model, block by block
+  s4audio info MODEL                          what a model is, how it was trained, and what it remembers for how long
+  s4audio doctor                              check this installation, and say what is missing
+
+A MODEL is a folder that training wrote, such as runs/NAME/best. `s4audio VERB --help` tells more about each.
+
+First steps: `s4audio demo`; then, with recordings of your own,
+  s4audio fit --config recipes/autoencoder_16k.yaml --data.init_args.train FOLDER"""
+
+VERBS: dict[str, Callable[[list[str]], int | None]] = {
+    verb.__name__: verb for verb in (demo, fit, generate, reconstruct, info, doctor)
+}
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a verb; returns the exit status: 0, 2 for wrong input, 1 for what went wrong on the way."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0 if arguments else 2
+    verb = arguments[0]
+    if verb == "--version":
+        print(f"s4audio {__version__}")
+        return 0
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, 1)
+        hint = f"did you mean {near[0]}?" if near else "`s4audio --help` explains them."
+        return _fail(f"{verb!r} is not a verb; there are {', '.join(VERBS)}: {hint}")
+    try:
+        return VERBS[verb](arguments[1:]) or 0
+    except ValueError as error:  # AudioError and CheckpointError are ValueErrors
+        return _fail(str(error))
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        if error.errno in NO_ROOM:
+            return _fail(f"{place}the disk is full ({error.strerror}); make room, then give the command again.", status=1)
+        return _fail(f"{place}{error.strerror}; choose another place." if error.strerror else str(error))
+    except RuntimeError as error:
+        return _fail(str(error), status=1)
+
+
+def _fail(message: str, status: int = 2) -> int:
+    print(f"s4audio: {' '.join(message.split())}", file=sys.stderr)
+    return status

@@ -1,0 +1,46 @@
+"""What the verbs share: a parser whose complaints are one sentence, and the checks of a model and a device."""
+
+import argparse
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from s4audio import checkpoint
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, with a ValueError in place of the usage text and the exit."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises: ValueError, always."""
+        raise ValueError(f"{message}; `{self.prog} --help` shows what it takes.")
+
+
+def load_autoencoder(path: str, device: str = "cpu") -> Any:
+    """The model in a folder.
+
+    Raises:
+        ValueError: there is none, it is not an autoencoder, or the device is not here.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is cuda, but torch finds no CUDA device here; leave --device out to use the CPU.")
+    model = checkpoint.load(path, device)
+    if not hasattr(model, "decode"):
+        raise ValueError(f"{path} is a {type(model).__name__}, which classifies; this needs an autoencoder.")
+    return model
+
+
+def shipped(name: str) -> Path:
+    """A file or folder that comes with the package, such as recipes/demo.yaml.
+
+    In a checkout it stands beside the package, in a wheel inside it.
+
+    Raises:
+        ValueError: it is in neither.
+    """
+    package = Path(__file__).parents[1]
+    for root in (package.parent, package):
+        if (root / name).exists():
+            return root / name
+    raise ValueError(f"{name} is not part of this installation of s4audio.")

@@ -1,0 +1,204 @@
+"""`s4audio demo`: trains a small model on the clips that come with the package, and makes a page to see and hear."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from s4audio import checkpoint
+from s4audio.audio import find_audio, normalize, read_audio, resample, write_audio
+from s4audio.cli.arguments import Parser, shipped
+from s4audio.cli.fit import fit, memory_section, next_commands, read_curves
+from s4audio.cli.info import describe, describe_training
+from s4audio.cli.reconstruct import reconstruct
+from s4audio.losses import multi_resolution_stft
+from s4audio.metrics.signal import log_spectral_distance, si_sdr
+from s4audio.models import stream_blocks
+from s4audio.report import Clip, Section, curves_figure, write_page
+
+CLIP_SECONDS = 12.0
+
+
+def demo(arguments: list[str]) -> None:
+    """Trains, generates, streams, scores, and writes OUT/report.html."""
+    parser = Parser(
+        prog="s4audio demo",
+        description="Train a small causal model on the clips that come with s4audio, make sound with it, and write a page "
+        "with everything. A few minutes on two cores of a CPU; no download.",
+    )
+    parser.add_argument("--out", default="demo", help="folder for the page, the sounds and the run (default demo)")
+    parser.add_argument("--steps", type=int, help="training steps; fewer for a quick look (default: the recipe's)")
+    args = parser.parse_args(arguments)
+    if args.steps is not None and args.steps < 1:
+        raise ValueError(f"--steps is {args.steps}; wanted at least 1.")
+    out, began = Path(args.out), time.monotonic()
+    run, train, valid = out / "run", shipped("samples/train"), shipped("samples/valid")
+    print("1 of 3: training on the clips in samples/, all but two", flush=True)
+    steps = [] if args.steps is None else ["--trainer.max_steps", str(args.steps)]
+    fit([
+        "--config", str(shipped("recipes/demo.yaml")), "--out", str(run),
+        "--data.init_args.train", str(train), "--data.init_args.valid", str(valid), *steps,
+    ])  # fmt: skip
+    model: Any = checkpoint.load(run / "best")
+    rate = model.sample_rate
+    recordings = {file.stem: normalize(read_audio(file, rate)[0], "peak") for file in find_audio(valid)}
+
+    print("\n2 of 3: the two clips that it was not trained on, and noise", flush=True)
+    heard, scores = _reconstructions(model, recordings, out)
+    made = _inventions(model, next(iter(recordings.values())), out)
+    streamed = _streaming(model, run / "best", find_audio(valid)[0], out)
+
+    print("\n3 of 3: the page", flush=True)
+    training = checkpoint.read_config(run / "best")["training"]
+    curves = read_curves(run)
+    losses = {"training": curves["train/loss"], "held out": curves["valid/loss"]}
+    minutes = training["wall_seconds"] / 60
+    numbers = round(model.latent_channels * rate / model.hop_length)
+    write_page(
+        out / "report.html",
+        "A sound through a state space",
+        f"A model with {sum(p.numel() for p in model.parameters()):,} parameters, trained here in {minutes:.1f} minutes, "
+        f"turns each second of music into {numbers:,} numbers instead of {rate:,}, and back.",
+        [
+            heard,
+            Section(
+                "How close is it?",
+                [
+                    "Means over the two clips. Beside the model stand two ways to say a second of sound in few numbers "
+                    f"without learning: a low-pass that keeps the same {numbers:,} numbers, and the mean of each frame.",
+                ],
+                table=scores,
+            ),
+            streamed,
+            made,
+            Section("How it trained", figures=[("Loss: lower is better.", curves_figure(losses, "loss"))]),
+            memory_section(model),
+            Section("The model", table=[("", ""), *describe(model), *describe_training(training)]),
+            Section("What to type next", commands=next_commands(run / "best")),
+        ],
+    )
+    for row in scores:
+        print("  " + "  ".join(f"{cell:<24}" for cell in row[:-1]).rstrip())
+    print(f"\n{time.monotonic() - began:.0f} s in all. Open {out / 'report.html'} in a browser; the sounds are in {out}.")
+
+
+@torch.no_grad()
+def _reconstructions(model: Any, recordings: dict[str, Tensor], out: Path) -> tuple[Section, list[tuple[str, ...]]]:
+    """Each recording and what becomes of it, and the scores of the model and of two baselines."""
+    rate = model.sample_rate
+    numbers = round(model.latent_channels * rate / model.hop_length)
+    ways = {
+        "the model": lambda audio: model(audio.unsqueeze(0))[0],
+        "low-pass, as many numbers": lambda audio: _low_pass(audio, rate, numbers),
+        "mean of each frame": lambda audio: _frame_means(audio, model.hop_length),
+    }
+    clips: list[Clip] = []
+    rows: list[tuple[str, ...]] = []
+    for name, audio in recordings.items():
+        estimate = ways["the model"](audio)
+        write_audio(out / f"{name}_input.wav", audio, rate)
+        write_audio(out / f"{name}_reconstructed.wav", estimate, rate)
+        length = round(CLIP_SECONDS * rate)
+        title = name.replace("_", " ")
+        clips += [
+            Clip(f"{title}: the recording", audio[..., :length], rate),
+            Clip(f"{title}: through the model", estimate[..., :length], rate),
+        ]
+    for way, apply in ways.items():
+        pairs = [(apply(audio), audio) for audio in recordings.values()]
+        sdr = sum(si_sdr(e, r).item() for e, r in pairs) / len(pairs)
+        spectral = sum(log_spectral_distance(e, r).item() for e, r in pairs) / len(pairs)
+        stft = sum(multi_resolution_stft(e, r).item() for e, r in pairs) / len(pairs)
+        rows.append((way, f"{sdr:.1f} dB", f"{spectral:.1f} dB", f"{stft:.2f}", _in_words(sdr)))
+    scores = [
+        ("", "SI-SDR, higher is better", "log-spectral distance", "multi-resolution STFT", "in words"),
+        *rows,
+    ]
+    text = (
+        "Left a clip that the model was not trained on, right what it makes of it. All clips are made by a small "
+        "synthesizer that comes with the project, so you may do with them what you like."
+    )
+    return Section("Listen", [text], clips=clips), scores
+
+
+def _low_pass(audio: Tensor, rate: int, numbers: int) -> Tensor:
+    """The audio resampled to `numbers` samples a second and back."""
+    there_and_back = resample(resample(audio, rate, numbers), numbers, rate)[..., : audio.shape[-1]]
+    return F.pad(there_and_back, (0, audio.shape[-1] - there_and_back.shape[-1]))
+
+
+def _frame_means(audio: Tensor, hop_length: int) -> Tensor:
+    """The audio with each frame replaced by its mean."""
+    means = F.avg_pool1d(F.pad(audio, (0, -audio.shape[-1] % hop_length)), hop_length)
+    return means.repeat_interleave(hop_length, dim=-1)[..., : audio.shape[-1]]
+
+
+def _in_words(sdr_db: float) -> str:
+    if sdr_db < 0:
+        return f"the error has {10 ** (-sdr_db / 10):.1f} times the power of the sound"
+    return f"the error has 1/{10 ** (sdr_db / 10):.0f} of the power of the sound"
+
+
+@torch.no_grad()
+def _inventions(model: Any, audio: Tensor, out: Path) -> Section:
+    """A recording with noise in its latent, and noise alone."""
+    rate = model.sample_rate
+    audio = audio[..., : round(CLIP_SECONDS * rate)]
+    generator = torch.Generator().manual_seed(0)
+    clips = {
+        "variation": Clip(
+            "noise mixed into the latent of a clip (variation 0.3)", model.vary(audio[None], 0.3, generator)[0], rate
+        ),
+        "noise": Clip("a random latent", model.sample(1, round(5 * rate), generator=generator)[0], rate),
+    }
+    for name, clip in clips.items():
+        write_audio(out / f"{name}.wav", clip.audio, rate)
+    text = (
+        "The latent can be changed before it is decoded. Noise alone gives texture, not music: an autoencoder learns what a "
+        "latent means, and not which latents sound like music."
+    )
+    return Section("From noise", [text], clips=list(clips.values()))
+
+
+@torch.no_grad()
+def _streaming(model: Any, path: Path, file: Path, out: Path) -> Section:
+    """The same weights as a stream: `reconstruct` over a file, and blocks of random lengths against the whole at once."""
+    target = out / f"{file.stem}_streamed.wav"
+    started = time.perf_counter()
+    reconstruct([str(path), str(file), str(target)])
+    took = time.perf_counter() - started
+    streamed, rate = read_audio(target)
+    audio = read_audio(file, rate)[0]
+    speed = audio.shape[-1] / rate / took
+    generator = torch.Generator().manual_seed(0)
+    lengths, rest = [], min(audio.shape[-1], 4 * rate)
+    part = audio[..., :rest]
+    while rest:
+        lengths.append(min(rest, int(torch.randint(1, 2000, (1,), generator=generator))))
+        rest -= lengths[-1]
+    blocks = torch.cat(list(stream_blocks(model, part.split(lengths, dim=-1))), dim=-1)
+    whole = model(part.unsqueeze(0))[0]
+    difference = ((blocks - whole).abs().max() / whole.abs().max()).item()
+    table = [
+        ("", ""),
+        ("speed", f"{speed:.0f} times real time here, in blocks of one second, files read and written"),
+        ("memory", "the same for ten seconds and for ten hours"),
+        (
+            f"{len(lengths)} blocks of 1 to 2,000 samples against all at once",
+            f"largest difference {difference:.0e} of the peak",
+        ),
+        ("delay", f"{1000 * (model.hop_length - 1) / rate:.2g} ms: a sample waits for the end of its frame"),
+    ]
+    text = (
+        "The model was trained on whole clips at once. The same weights run as a stream, block after block, with a state "
+        "carried along: the result is the same, whatever the blocks."
+    )
+    return Section(
+        "The same weights, as a stream",
+        [text],
+        clips=[Clip("streamed in blocks", streamed[..., : round(CLIP_SECONDS * rate)], rate)],
+        table=table,
+    )

@@ -1,0 +1,120 @@
+"""`s4audio generate`: audio from noise or from recordings."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from s4audio import checkpoint
+from s4audio.audio import NORMALIZATIONS, AudioError, find_audio, normalize, read_audio, write_audio
+from s4audio.cli.arguments import Parser, load_autoencoder
+
+
+def generate(arguments: list[str]) -> None:
+    """Writes audio made by a model, with a picture of each clip."""
+    parser = Parser(prog="s4audio generate", description="Make audio from noise or from recordings.")
+    parser.add_argument("model", help="model folder, such as runs/NAME/best")
+    parser.add_argument("--from", dest="source", required=True, metavar="noise|FILE|FOLDER", help="what to start from")
+    parser.add_argument("--num", type=int, default=4, help="clips to make from noise (default 4)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="length of a clip made from noise (default 10)")
+    parser.add_argument(
+        "--variation", type=float, default=0.0, help="0 (default) reconstructs; up to 1, more noise in the latent"
+    )
+    parser.add_argument("--normalize", choices=NORMALIZATIONS, help="level of the recordings; default: as in training")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same clips (default 0)")
+    parser.add_argument("--batch-size", type=int, default=4, help="clips from noise at a time (default 4)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--out", default="generated", help="folder for the WAV and PNG files (default generated)")
+    args = parser.parse_args(arguments)
+    if args.num < 1 or args.batch_size < 1 or args.seed < 0 or not 0 < args.seconds < float("inf"):
+        raise ValueError("--num and --batch-size must be at least 1, --seconds positive and --seed not negative.")
+    if not 0 <= args.variation <= 1:
+        raise ValueError(f"--variation is {args.variation}; wanted 0 (reconstruction) to 1 (only noise).")
+    if args.source == "noise" and args.variation:
+        raise ValueError("--variation mixes noise into a recording; with --from noise there is none.")
+    sources = None if args.source == "noise" else find_audio(args.source)
+    model = load_autoencoder(args.model, args.device)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    if sources is None:
+        seconds = _from_noise(model, args, out)
+    else:
+        how = args.normalize or checkpoint.read_config(args.model)["training"].get("normalize", "none")
+        seconds = _from_recordings(model, args, sources, how, out)
+    took = time.monotonic() - started
+    print(f"{seconds:.1f} s of audio in {took:.1f} s, at {model.sample_rate} Hz, in {out}")
+
+
+@torch.no_grad()
+def _from_noise(model: Any, args: argparse.Namespace, out: Path) -> float:
+    num_samples = max(1, round(args.seconds * model.sample_rate))
+    for first in range(0, args.num, args.batch_size):
+        indices = range(first, min(first + args.batch_size, args.num))
+        generators = [_generator(args.seed, index) for index in indices]
+        clips = model.sample(len(generators), num_samples, generator=generators).cpu()
+        for index, clip in zip(indices, clips, strict=True):
+            _write(out, f"noise_{args.seed}_{index:03d}", {"output, from noise": clip}, model.sample_rate)
+    return args.num * num_samples / model.sample_rate
+
+
+@torch.no_grad()
+def _from_recordings(model: Any, args: argparse.Namespace, files: list[Path], how: str, out: Path) -> float:
+    names = [f"{name}_variation_{args.variation:g}" if args.variation else name for name in _distinct_names(files)]
+    originals = {file.resolve() for file in files}
+    for name in names:
+        if (out / f"{name}.wav").resolve() in originals:
+            raise ValueError(f"{out / name}.wav is a recording to read and would be overwritten; choose another --out.")
+    print(f"{len(files)} recordings, mono at {model.sample_rate} Hz, level: {'as they are' if how == 'none' else how}")
+    seconds, failures = 0.0, []
+    for index, (file, name) in enumerate(zip(files, names, strict=True)):
+        try:
+            audio, _ = read_audio(file, model.sample_rate, mono=model.channels == 1)
+            if audio.shape[0] != model.channels:
+                raise AudioError(f"{file} has {audio.shape[0]} channels; the model wants {model.channels}.")
+        except AudioError as error:
+            failures.append(str(error))
+            print(f"skipped: {error}", file=sys.stderr)
+            continue
+        audio = normalize(audio, how)
+        estimate = model.vary(audio.unsqueeze(0).to(args.device), args.variation, [_generator(args.seed, index)])[0].cpu()
+        title = "output, reconstructed" if args.variation == 0 else f"output, variation {args.variation:g}"
+        _write(out, name, {"input": audio, title: estimate}, model.sample_rate)
+        seconds += audio.shape[-1] / model.sample_rate
+    if len(failures) == len(files):
+        raise AudioError(f"none of the {len(files)} recordings could be read.")
+    return seconds
+
+
+def _write(out: Path, name: str, clips: dict[str, Tensor], sample_rate: int) -> None:
+    """NAME.wav from the last clip and NAME.png from all."""
+    from s4audio.report import clips_figure, save_figure
+
+    *_, audio = clips.values()
+    clipped = write_audio(out / f"{name}.wav", audio, sample_rate)
+    save_figure(out / f"{name}.png", clips_figure(clips, sample_rate))
+    note = f" ({clipped} samples beyond full scale were clipped)" if clipped else ""
+    print(f"{out / name}.wav and .png{note}", flush=True)
+
+
+def _generator(seed: int, index: int) -> torch.Generator:
+    """The noise of one clip, from (seed, index) alone."""
+    state: Any = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]) % 2**63)
+
+
+def _distinct_names(files: list[Path]) -> list[str]:
+    """A name for each file's output: its stem, with a number where that is taken."""
+    names: list[str] = []
+    for file in files:
+        name, count = file.stem, 1
+        while name in names:
+            count += 1
+            name = f"{file.stem}_{count}"
+        names.append(name)
+    return names

@@ -1,0 +1,138 @@
+"""`s4audio info`: what a model is, how it was trained, and what its state spaces remember for how long."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from s4audio import checkpoint, ssm
+from s4audio.cli.arguments import Parser
+from s4audio.layers import S4D
+
+
+class Memory(NamedTuple):
+    """The poles of one layer."""
+
+    name: str
+    layer: S4D
+    rate: float  # Hz; 1 for a model of sequences without a sample rate
+    frequency: Tensor  # Hz, or cycles a sample
+    decay: Tensor  # seconds to 1/e, or samples
+
+
+def info(arguments: list[str]) -> None:
+    """Prints the description of a model and draws its poles."""
+    parser = Parser(prog="s4audio info", description="What a model is, how it was trained, and what it remembers.")
+    parser.add_argument("model", help="model folder, such as runs/NAME/best")
+    parser.add_argument(
+        "--plot", metavar="FILE.png", help="where to draw the poles (default: poles.png in the model folder)"
+    )
+    args = parser.parse_args(arguments)
+    model, config = checkpoint.load(args.model), checkpoint.read_config(args.model)
+    print(f"{config['class']} in {args.model}")
+    for name, sentence in [*describe(model), *describe_training(config["training"])]:
+        print(f"  {name + ':':13}{sentence}")
+    layers = memories(model)
+    in_time = hasattr(model, "sample_rate")
+    print("\nwhat each layer remembers: the frequencies of its poles, and how long they ring, to 1/e")
+    rows = [("layer", "kind", "channels", "rate", "frequencies", "rings for", "half of them longer than")]
+    for memory in layers:
+        low, high = memory.frequency.min().item(), memory.frequency.max().item()
+        shortest, middle, longest = (f(memory.decay).item() for f in (torch.min, torch.median, torch.max))
+        hertz, seconds = (_hertz, _seconds) if in_time else (_plain, _plain)
+        rows.append(
+            (
+                memory.name, type(memory.layer).__name__, str(memory.layer.d_model), hertz(memory.rate) if in_time else "1",
+                f"{hertz(low)} to {hertz(high)}", f"{seconds(shortest)} to {seconds(longest)}", seconds(middle),
+            )
+        )  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    if not in_time:
+        print("  (frequencies in cycles a sample, times in samples: this model has no sample rate)")
+    from s4audio.report import poles_figure, save_figure
+
+    plot = Path(args.plot or Path(args.model) / "poles.png")
+    save_figure(plot, poles_figure({m.name: (m.frequency, m.decay) for m in layers}, in_time))
+    print(f"\nplot: {plot}")
+
+
+def describe(model: nn.Module) -> list[tuple[str, str]]:
+    """What the model is, line by line: a name and a sentence."""
+    states = sum(p.numel() for layer in model.modules() if isinstance(layer, S4D) for p in layer.parameters(recurse=False))
+    total = sum(p.numel() for p in model.parameters())
+    lines = [("parameters", f"{total:,}, of which {states:,} in state spaces")]
+    if hasattr(model, "sample_rate"):
+        m: Any = model
+        numbers = m.latent_channels * m.sample_rate / m.hop_length
+        lines += [
+            ("audio", f"{m.channels} channel{'s' * (m.channels > 1)} at {m.sample_rate:,} Hz"),
+            ("latent", f"{m.latent_channels} numbers, {m.sample_rate / m.hop_length:,.4g} times a second: {numbers:,.0f} "
+                f"a second in place of {m.channels * m.sample_rate:,} samples"),
+            ("streams", f"yes, a sample waits for {1000 * (m.hop_length - 1) / m.sample_rate:.3g} ms at most"
+                if hasattr(model, "stream") else "no, it normalizes over the whole clip"),
+        ]  # fmt: skip
+    return lines
+
+
+def describe_training(training: dict[str, Any]) -> list[tuple[str, str]]:
+    """How the model was trained, from its config.json, line by line."""
+    if "steps" not in training:
+        return [("training", "not recorded")]
+    minutes, device = training.get("wall_seconds", 0) / 60, training.get("device", "an unknown device")
+    lines = [
+        ("training", f"{training['steps']:,} steps in {minutes:.1f} min on {device}"),
+        ("recordings", f"{training['train_files']} files, {training['train_seconds'] / 60:.1f} min; held out "
+            f"{training['valid_files']} files, {training['valid_seconds'] / 60:.1f} min; level: {training['normalize']}"),
+    ]  # fmt: skip
+    held_out = {k.removeprefix("valid/"): v for k, v in training.get("scores", {}).items() if k.startswith("valid/")}
+    if held_out:
+        lines.append(("held out", ", ".join(f"{name} {value:.4g}" for name, value in held_out.items())))
+    return lines
+
+
+@torch.no_grad()
+def memories(model: nn.Module) -> list[Memory]:
+    """The poles of every state-space layer, in Hz and seconds where the model has a sample rate."""
+    rates = _layer_rates(model)
+    found = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, S4D):
+            frequency, decay = ssm.poles(layer.system())
+            rate = rates.get(name, 1.0)
+            found.append(Memory(name, layer, rate, frequency.flatten() * rate, decay.flatten() / rate))
+    return found
+
+
+def _layer_rates(model: Any) -> dict[str, float]:
+    """The sample rate at which each state-space layer runs, seen by sending silence through."""
+    if not hasattr(model, "sample_rate"):
+        return {}
+    length = 64 * model.hop_length
+    seen: dict[str, float] = {}
+    hooks = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, S4D):
+
+            def note(_: nn.Module, inputs: tuple[Tensor], name: str = name) -> None:
+                seen[name] = inputs[0].shape[-1] / length * model.sample_rate
+
+            hooks.append(layer.register_forward_pre_hook(note))
+    model(torch.zeros(1, model.channels, length))
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def _hertz(value: float) -> str:
+    return f"{value / 1000:.3g} kHz" if value >= 1000 else f"{value:.3g} Hz"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms"
+
+
+def _plain(value: float) -> str:
+    return f"{value:.3g}"

@@ -1,0 +1,26 @@
+"""What the tests of the verbs share."""
+
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from s4audio.cli import main
+
+ROOT = Path(__file__).parents[2]
+RECIPE = str(ROOT / "recipes" / "debug.yaml")
+
+
+def fit(folder: Path, out: Path, *options: str) -> int:
+    return main(["fit", "--config", RECIPE, "--data.init_args.train", str(folder), "--out", str(out), *options])
+
+
+def wav(path: Path) -> np.ndarray:
+    return soundfile.read(path, dtype="int16")[0]
+
+
+def refused(capsys, *arguments: str) -> str:
+    assert main(list(arguments)) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("s4audio: ") and "Traceback" not in error and len(error.splitlines()) == 1
+    return error

@@ -1,0 +1,84 @@
+"""Audio from noise and from recordings: the same seed gives the same clips, and nothing is overwritten."""
+
+import numpy as np
+
+from s4audio import S4DAutoencoder, save
+from s4audio.cli import main
+from tests.cli.commands import refused, wav
+
+
+def test_noise_gives_the_same_clips_whatever_the_batch(model, tmp_path):
+    def generate(out: str, *options: str) -> list[np.ndarray]:
+        arguments = [
+            "generate",
+            str(model),
+            "--from",
+            "noise",
+            "--num",
+            "3",
+            "--seconds",
+            "1.1",
+            "--out",
+            str(tmp_path / out),
+        ]
+        assert main([*arguments, *options]) == 0
+        return [wav(tmp_path / out / f"noise_{'7' if '7' in options else '0'}_{i:03d}.wav") for i in range(3)]
+
+    first, again, single = generate("a"), generate("b"), generate("c", "--batch-size", "1")
+    other = generate("d", "--seed", "7")
+    for index in range(3):
+        assert len(first[index]) == 4400
+        assert np.array_equal(first[index], again[index])
+        assert np.abs(first[index].astype(int) - single[index]).max() <= 1
+        assert not np.array_equal(first[index], other[index])
+    assert not np.array_equal(first[0], first[1])
+    assert sorted(p.suffix for p in (tmp_path / "a").iterdir()) == [".png"] * 3 + [".wav"] * 3
+
+
+def test_recordings_are_reconstructed_or_varied(model, folder, tmp_path):
+    for out, variation in (("same", "0"), ("near", "0.1"), ("far", "0.9")):
+        arguments = ["generate", str(model), "--from", str(folder), "--variation", variation, "--out", str(tmp_path / out)]
+        assert main(arguments) == 0
+    names = sorted(p.name for p in (tmp_path / "same").glob("*.wav"))
+    assert names == [f"tone{i}.wav" for i in range(4)]
+    same, near, far = (
+        wav(tmp_path / name).astype(float)
+        for name in ("same/tone0.wav", "near/tone0_variation_0.1.wav", "far/tone0_variation_0.9.wav")
+    )
+    assert len(same) == 8000  # 2 s at the model's 4,000 Hz
+    assert 0 < np.abs(near - same).mean() < np.abs(far - same).mean()
+    assert (tmp_path / "same" / "tone0.png").stat().st_size > 10_000
+
+
+def test_recordings_come_at_the_level_of_training_unless_told(model, folder, tmp_path, capsys):
+    for out, options in (("trained", []), ("peak", ["--normalize", "peak"]), ("none", ["--normalize", "none"])):
+        arguments = ["generate", str(model), "--from", str(folder / "tone0.wav"), "--out", str(tmp_path / out)]
+        assert main([*arguments, *options]) == 0
+        assert ("as they are" in capsys.readouterr().out) == (out == "none")
+    trained, peak, none = (wav(tmp_path / out / "tone0.wav") for out in ("trained", "peak", "none"))
+    assert np.array_equal(trained, peak) and not np.array_equal(peak, none)
+
+
+def test_files_of_one_name_do_not_overwrite_each_other(model, folder, tmp_path):
+    for name in ("a/x.wav", "a/x_2.wav", "b/x.wav"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes((folder / "tone3.wav").read_bytes())
+    assert main(["generate", str(model), "--from", str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 0
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.wav")) == ["x.wav", "x_2.wav", "x_3.wav"]
+
+
+def test_recordings_are_never_overwritten(capsys, model, folder, tmp_path):
+    source = tmp_path / "x.wav"
+    source.write_bytes((folder / "tone3.wav").read_bytes())
+    before = source.read_bytes()
+    for origin in (source, tmp_path):
+        assert "would be overwritten" in refused(
+            capsys, "generate", str(model), "--from", str(origin), "--out", str(tmp_path)
+        )
+    assert source.read_bytes() == before
+
+
+def test_system_4_generates_too(tmp_path, folder):
+    save(S4DAutoencoder(3000), tmp_path / "model")
+    assert main(["generate", str(tmp_path / "model"), "--from", "noise", "--num", "1", "--out", str(tmp_path / "a")]) == 0
+    assert len(wav(tmp_path / "a" / "noise_0_000.wav")) == 30_000
