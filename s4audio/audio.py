@@ -20,7 +20,9 @@ from s4audio.files import replacing
 EXTENSIONS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64", ".m4a")
 LIBROSA_TOO = (".m4a", ".opus", ".mp3", ".caf")  # what librosa may read where libsndfile cannot
 NORMALIZATIONS = ("none", "peak")
+MAX_CHANNELS = 8  # 7.1 surround; more is data of another kind, or a damaged header
 WAV_HEADER = struct.Struct("<4sI4s4sIHHIIHH4sI")  # RIFF, fmt and data, for PCM
+WAV_BYTES = 2**32 - WAV_HEADER.size  # of samples that the header can say
 
 
 class AudioError(ValueError):
@@ -55,7 +57,7 @@ def read_audio(path: str | Path, sample_rate: int | None = None, mono: bool = Tr
         mono: average the channels into one.
 
     Raises:
-        AudioError: the file is missing, unreadable, empty, or holds a value that is not finite.
+        AudioError: the file is missing, unreadable, empty, of more than 8 channels, or holds a value that is not finite.
     """
     path = Path(path)
     with _in_a_sentence(path):
@@ -63,7 +65,7 @@ def read_audio(path: str | Path, sample_rate: int | None = None, mono: bool = Tr
     if samples.shape[-1] == 0:
         raise AudioError(f"{path} holds no samples.")
     audio = torch.from_numpy(samples)
-    _check_finite(path, audio)
+    _check(path, audio)
     if mono:
         audio = audio.mean(0, keepdim=True)
     if sample_rate is not None and rate != sample_rate:
@@ -94,7 +96,7 @@ def read_blocks(
     resampler, read, given = None, 0, 0
     for samples in blocks:
         audio = torch.from_numpy(samples)
-        _check_finite(Path(path), audio)
+        _check(Path(path), audio)
         if mono:
             audio = audio.mean(0, keepdim=True)
         read += audio.shape[-1]
@@ -163,7 +165,7 @@ def write_blocks(path: str | Path, blocks: Iterable[Tensor], sample_rate: int) -
             pcm = _to_pcm(block)
             num_bytes, num_clipped = num_bytes + pcm.nbytes, num_clipped + int((block.abs() > 1).sum())
             channels = pcm.shape[1]
-            if num_bytes >= 2**32 - WAV_HEADER.size:
+            if num_bytes > WAV_BYTES:
                 raise AudioError(f"{path} would be longer than the 4 GiB that a WAV file can hold; use shorter recordings.")
             file.write(pcm.astype("<i2").tobytes())
         frame = 2 * channels
@@ -238,7 +240,9 @@ def _in_a_sentence(path: Path) -> Iterator[None]:
         raise AudioError(f"{path} cannot be read as audio ({str(error).strip() or type(error).__name__}).") from error
 
 
-def _check_finite(path: Path, audio: Tensor) -> None:
+def _check(path: Path, audio: Tensor) -> None:
+    if audio.shape[0] > MAX_CHANNELS:
+        raise AudioError(f"{path} has {audio.shape[0]} channels; recordings of up to {MAX_CHANNELS} can be used.")
     finite = torch.isfinite(audio)
     if not finite.all():
         raise AudioError(f"{path} holds {int((~finite).sum())} samples that are not finite numbers.")

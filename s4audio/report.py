@@ -143,7 +143,7 @@ def poles_figure(layers: Mapping[str, tuple[Tensor, Tensor]], in_time: bool = Tr
         layers: name -> frequencies and decay times to 1/e of its poles, in Hz and seconds, or cycles a sample and samples.
         in_time: whether it is Hz and seconds.
     """
-    lowest = 1e-4 * max(frequency.max().item() for frequency, _ in layers.values())
+    lowest = 1e-4 * (max(frequency.max().item() for frequency, _ in layers.values()) or 1.0)
     columns = min(2, len(layers))
     rows = -(-len(layers) // columns)
     figure = _figure(5.2, 0.7 + 1.5 * rows)

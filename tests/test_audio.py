@@ -8,7 +8,7 @@ import soundfile
 import torch
 
 from s4audio import audio
-from s4audio.audio import AudioError, find_audio, normalize, read_audio, resample, write_audio
+from s4audio.audio import AudioError, find_audio, normalize, read_audio, read_blocks, resample, write_audio, write_blocks
 
 
 def tone(rate: int, hz: float = 220.0, seconds: float = 1.0) -> np.ndarray:
@@ -79,6 +79,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
         (lambda path: path.write_bytes(b""), "cannot be read as audio"),
         (lambda path: path.write_bytes(b"RIFF0000WAVEjunk"), "cannot be read as audio"),
         (lambda path: soundfile.write(path, np.zeros(0, np.float32), 8000), "holds no samples"),
+        (lambda path: soundfile.write(path, np.zeros((10, 9)), 8000), "has 9 channels; recordings of up to 8"),
         (
             lambda path: soundfile.write(path, np.array([0, np.nan, np.inf], np.float32), 8000, subtype="FLOAT"),
             "holds 2 samples that are not finite",
@@ -122,3 +123,65 @@ def test_without_torchaudio_only_mel_filters_are_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchaudio.functional", None)
     with pytest.raises(RuntimeError, match="mel filters need torchaudio, which cannot be imported here"):
         audio.mel_filterbank(16_000, 512, 80)
+
+
+@pytest.mark.parametrize("target", [None, 8000, 16_000, 44_100, 11_025])
+@pytest.mark.parametrize("seconds", [0.01, 0.1, 1.0])
+def test_blocks_are_the_file_whatever_their_length(tmp_path, target, seconds):
+    """The same samples as at once; a resampler that works in blocks rounds differently in the last bits."""
+    sound = np.stack([tone(22_050, 300, 1.37), tone(22_050, 470, 1.37)], 1)
+    soundfile.write(tmp_path / "a.flac", sound, 22_050)
+    for mono in (True, False):
+        whole, _ = read_audio(tmp_path / "a.flac", target, mono)
+        blocks = list(read_blocks(tmp_path / "a.flac", target, mono, seconds))
+        assert len(blocks) > 1 and blocks[0].dtype == torch.float32
+        torch.testing.assert_close(torch.cat(blocks, -1), whole, rtol=0, atol=2e-6)
+
+
+def test_blocks_of_one_sample_and_of_a_file_shorter_than_the_resampler(tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone(8000)[:3], 8000, subtype="FLOAT")
+    assert [block.shape for block in read_blocks(tmp_path / "a.wav", block_seconds=1e-9)] == [(1, 1)] * 3
+    resampled = torch.cat(list(read_blocks(tmp_path / "a.wav", 16_000)), -1)
+    torch.testing.assert_close(resampled, read_audio(tmp_path / "a.wav", 16_000)[0], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"), [([], "holds no samples"), ([0.0] * 9000 + [np.nan], "1 samples that are not finite")]
+)
+def test_blocks_refuse_what_whole_files_refuse(tmp_path, samples, message):
+    soundfile.write(tmp_path / "bad.wav", np.array(samples, np.float32), 8000, subtype="FLOAT")
+    with pytest.raises(AudioError, match=rf"bad\.wav.*{message}"):
+        list(read_blocks(tmp_path / "bad.wav"))
+    (tmp_path / "junk.wav").write_bytes(b"junk")
+    with pytest.raises(AudioError, match="cannot be read as audio"):
+        list(read_blocks(tmp_path / "junk.wav"))
+    with pytest.raises(AudioError, match="is a folder; give an audio file"):
+        list(read_blocks(tmp_path))
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_wav_file_in_blocks_is_the_one_that_libsndfile_writes(tmp_path, channels):
+    wave = torch.randn(channels, 5000).clamp(-1.2, 1.2)
+    clipped = write_blocks(tmp_path / "a.wav", wave.split(777, dim=-1), 16_000)
+    assert clipped == (wave.abs() > 1).sum()
+    pcm = np.clip(np.round(wave.numpy() * 32767), -32768, 32767).astype(np.int16)
+    soundfile.write(tmp_path / "b.wav", pcm.T, 16_000, subtype="PCM_16")
+    assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "b.wav").read_bytes()
+
+
+def test_blocks_that_fail_half_way_leave_the_old_file(tmp_path):
+    def blocks():
+        yield torch.zeros(1, 100)
+        raise RuntimeError("half way")
+
+    (tmp_path / "a.wav").write_bytes(b"old")
+    with pytest.raises(RuntimeError, match="half way"):
+        write_blocks(tmp_path / "a.wav", blocks(), 8000)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.wav"] and (tmp_path / "a.wav").read_bytes() == b"old"
+
+
+def test_a_wav_file_is_refused_beyond_what_it_can_hold(tmp_path, monkeypatch):
+    monkeypatch.setattr(audio, "WAV_BYTES", 1000)
+    with pytest.raises(AudioError, match="longer than the 4 GiB"):
+        write_blocks(tmp_path / "a.wav", [torch.zeros(1, 400), torch.zeros(1, 400)], 8000)
+    assert list(tmp_path.iterdir()) == []

@@ -11,13 +11,13 @@ from torch.nn import functional as F
 from s4audio import checkpoint
 from s4audio.audio import find_audio, normalize, read_audio, resample, write_audio
 from s4audio.cli.arguments import Parser, shipped
-from s4audio.cli.fit import fit, memory_section, next_commands, read_curves
+from s4audio.cli.fit import fit, memory_section, next_commands, training_section
 from s4audio.cli.info import describe, describe_training
 from s4audio.cli.reconstruct import reconstruct
 from s4audio.losses import multi_resolution_stft
 from s4audio.metrics.signal import log_spectral_distance, si_sdr
 from s4audio.models import stream_blocks
-from s4audio.report import Clip, Section, curves_figure, write_page
+from s4audio.report import Clip, Section, write_page
 
 CLIP_SECONDS = 12.0
 
@@ -37,7 +37,9 @@ def demo(arguments: list[str]) -> None:
     out, began = Path(args.out), time.monotonic()
     run, train, valid = out / "run", shipped("samples/train"), shipped("samples/valid")
     print("1 of 3: training on the clips in samples/, all but two", flush=True)
-    steps = [] if args.steps is None else ["--trainer.max_steps", str(args.steps)]
+    steps = []
+    if args.steps is not None:
+        steps = ["--trainer.max_steps", str(args.steps), "--trainer.val_check_interval", str(-(-args.steps // 2))]
     fit([
         "--config", str(shipped("recipes/demo.yaml")), "--out", str(run),
         "--data.init_args.train", str(train), "--data.init_args.valid", str(valid), *steps,
@@ -53,8 +55,6 @@ def demo(arguments: list[str]) -> None:
 
     print("\n3 of 3: the page", flush=True)
     training = checkpoint.read_config(run / "best")["training"]
-    curves = read_curves(run)
-    losses = {"training": curves["train/loss"], "held out": curves["valid/loss"]}
     minutes = training["wall_seconds"] / 60
     numbers = round(model.latent_channels * rate / model.hop_length)
     write_page(
@@ -74,7 +74,7 @@ def demo(arguments: list[str]) -> None:
             ),
             streamed,
             made,
-            Section("How it trained", figures=[("Loss: lower is better.", curves_figure(losses, "loss"))]),
+            training_section(run),
             memory_section(model),
             Section("The model", table=[("", ""), *describe(model), *describe_training(training)]),
             Section("What to type next", commands=next_commands(run / "best")),

@@ -2,7 +2,10 @@
 
 import logging
 import re
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from torch import Tensor
 from s4audio import checkpoint
 from s4audio.cli.arguments import shipped
 from s4audio.cli.info import describe, describe_training, memories
+from s4audio.files import replacing
 from s4audio.report import Clip, Section, curves_figure, poles_figure, write_page
 
 HELP = """usage: s4audio fit --config RECIPE.yaml [--KEY VALUE ...]
@@ -66,32 +70,48 @@ def fit(arguments: list[str]) -> None:
         print(f"{out} holds a run of {steps} steps; going on from there to {cli.trainer.max_steps}.")
         if 0 < cli.trainer.max_steps <= steps:
             print("It is finished; nothing was changed. A larger --trainer.max_steps extends it.")
+            if not (out / PAGE).exists():
+                _write_run_page(out, cli.datamodule.valid_clips)
             return
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    with replacing(out / "recipe.yaml") as file:
+        file.write(yaml.safe_dump(recipe, sort_keys=False).encode())
     try:
-        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=str(resume) if resume.exists() else None, weights_only=True)
+        with _quiet_threads():
+            cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=str(resume) if resume.exists() else None, weights_only=True)
     except MisconfigurationException as error:
         raise ValueError(f"the trainer refuses the recipe: {error}") from error
     except SystemExit:  # what Lightning makes of Ctrl-C, after the run folder has saved
         print(f"\nstopped at step {cli.trainer.global_step} and saved {out / 'last'}; the same command goes on from there.")
         raise SystemExit(130) from None
-    write_page(
-        out / PAGE,
-        f"The run {out.name}",
-        "A model of raw audio, on recordings that it was not trained on.",
-        run_sections(out, cli.datamodule.valid_clips),
-    )
+    _write_run_page(out, cli.datamodule.valid_clips)
     best = checkpoint.read_config(out / "best")["training"]
-    chosen = (
-        f"step {best['steps']}, best on the held-out clips"
-        if "valid/loss" in best["scores"]
-        else "not scored on held-out clips"
-    )
+    validated = "valid/loss" in best["scores"]
+    chosen = f"step {best['steps']}, best on the held-out clips" if validated else "not scored on held-out clips"
     print(f"\nmodel:    {out / 'best'} ({chosen}) and {out / 'last'}")
     print(f"page:     {out / PAGE}, to open in a browser")
     print(f"curves:   tensorboard --logdir {out}")
     print(f"generate: s4audio generate {out / 'best'} --from noise --num 4 --seconds 10 --out generated")
+
+
+@contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """Without the stack trace of TensorBoard's writing thread: its OSError reaches the trainer, which stops with it."""
+    before = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not isinstance(args.exc_value, OSError):
+            before(args)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+def _write_run_page(out: Path, held_out: list[Tensor]) -> None:
+    lead = "A model of raw audio, and what it makes of recordings that it was not trained on."
+    write_page(out / PAGE, f"The run {out.name}", lead, run_sections(out, held_out))
 
 
 @torch.no_grad()
@@ -113,12 +133,6 @@ def run_sections(out: Path, held_out: list[Tensor]) -> list[Section]:
         ]
     generator = torch.Generator().manual_seed(0)
     sample = model.sample(1, round(CLIP_SECONDS / 2 * rate), generator=generator)[0]
-    curves = read_curves(out)
-    losses = {name: curves[tag] for name, tag in (("training", "train/loss"), ("held out", "valid/loss")) if tag in curves}
-    figures = [("Loss: lower is better.", curves_figure(losses, "loss"))] if losses else []
-    if "valid/si_sdr_db" in curves:
-        scores = {"held out": curves["valid/si_sdr_db"]}
-        figures.append(("SI-SDR on the held-out recordings: higher is better.", curves_figure(scores, "dB", log=False)))
     facts = [("", ""), *describe(model), *describe_training(training)]
     return [
         Section("Listen", ["Left a recording that the model was not trained on, right what it makes of it."], clips=clips),
@@ -127,10 +141,21 @@ def run_sections(out: Path, held_out: list[Tensor]) -> list[Section]:
             clips=[Clip("a random latent", sample, rate)],
         ),
         Section("The model", table=facts),
-        Section("How it trained", figures=figures),
+        training_section(out),
         memory_section(model),
         Section("What to type next", commands=next_commands(out / "best")),
     ]  # fmt: skip
+
+
+def training_section(out: Path) -> Section:
+    """The losses and scores of a run over its steps."""
+    curves = read_curves(out)
+    losses = {name: curves[tag] for name, tag in (("training", "train/loss"), ("held out", "valid/loss")) if tag in curves}
+    figures = [("Loss: lower is better.", curves_figure(losses, "loss"))] if losses else []
+    if "valid/si_sdr_db" in curves:
+        scores = {"held out": curves["valid/si_sdr_db"]}
+        figures.append(("SI-SDR on the held-out recordings: higher is better.", curves_figure(scores, "dB", log=False)))
+    return Section("How it trained", figures=figures)
 
 
 def memory_section(model: torch.nn.Module) -> Section:

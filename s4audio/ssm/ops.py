@@ -102,7 +102,7 @@ def poles(system: System) -> tuple[Tensor, Tensor]:
     """
     log = system.log_A_bar if isinstance(system, DiagonalSystem) else torch.linalg.eigvals(system.A_bar).log()
     angle = torch.remainder(log.imag.abs(), 2 * torch.pi)
-    return torch.minimum(angle, 2 * torch.pi - angle) / (2 * torch.pi), 1 / (-log.real).clamp_min(0)
+    return torch.minimum(angle, 2 * torch.pi - angle) / (2 * torch.pi), 1 / log.real.clamp_max(0).abs()
 
 
 def zero_state(system: System, batch_size: int, dtype: torch.dtype) -> Tensor:

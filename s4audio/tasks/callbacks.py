@@ -76,9 +76,15 @@ class RunFolder(lightning.Callback):
             )
         self.saved_at = trainer.global_step
         checkpoint.save(task.model, self.out / "last", self._record(trainer))
-        temporary = self.out / f".{TRAINER_CHECKPOINT}"
-        trainer.save_checkpoint(temporary)
-        os.replace(temporary, self.out / TRAINER_CHECKPOINT)
+        path, temporary = self.out / TRAINER_CHECKPOINT, self.out / f".{TRAINER_CHECKPOINT}"
+        try:
+            trainer.save_checkpoint(temporary)
+            os.replace(temporary, path)
+        except OSError as error:
+            error.filename = str(path)
+            raise
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def _seconds(self) -> float:
         return self.seconds + time.monotonic() - self.started

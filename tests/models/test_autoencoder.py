@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from s4audio import CausalAutoencoder, S4DAutoencoder
-from s4audio.models.autoencoder import noise
+from s4audio import S4D, CausalAutoencoder, S4DAutoencoder
+from s4audio.models.autoencoder import noise, stream_blocks
 
 
 def causal(**arguments) -> CausalAutoencoder:
@@ -130,3 +130,40 @@ def test_a_small_autoencoder_learns_a_tone():
 def test_wrong_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         causal(**arguments)
+
+
+@pytest.mark.parametrize("lengths", [[1], [6], [7, 1, 5, 6, 30], [0, 3, 0, 2], [100, 1]])
+def test_a_recording_in_blocks_comes_back_as_long_and_as_the_whole(lengths):
+    model = causal().double().eval()
+    audio = torch.randn(1, sum(lengths), dtype=torch.float64)
+    blocks = stream_blocks(model, iter(audio.split(lengths, dim=-1)))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.cat(list(blocks), dim=-1), model(audio.unsqueeze(0))[0], rtol=0, atol=1e-12)
+
+
+def test_blocks_are_taken_one_at_a_time_and_no_graph_is_kept():
+    taken = []
+
+    def blocks():
+        for number in range(3):
+            taken.append(number)
+            yield torch.zeros(1, 60)
+
+    stream = stream_blocks(causal(), blocks())
+    assert not next(stream).requires_grad and taken == [0]
+
+
+def test_a_model_that_hears_the_future_takes_no_blocks():
+    with pytest.raises(RuntimeError, match="cannot stream"):
+        next(stream_blocks(S4DAutoencoder(3000), [torch.zeros(1, 10)]))
+
+
+def test_each_stage_has_as_many_blocks_as_it_is_told():
+    def count(model: torch.nn.Module) -> dict[int, int]:
+        widths = [layer.d_model for layer in model.modules() if isinstance(layer, S4D)]
+        return {width: widths.count(width) for width in sorted(set(widths))}
+
+    assert count(causal(widths=(4, 5, 6), num_blocks=(0, 1, 3))) == {5: 2, 6: 6}
+    assert count(causal(widths=(4, 5, 6), num_blocks=2)) == {4: 4, 5: 4, 6: 4}
+    with pytest.raises(ValueError, match="num_blocks has 2 entries and widths 3"):
+        causal(num_blocks=(1, 1))

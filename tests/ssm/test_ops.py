@@ -1,7 +1,21 @@
+import numpy as np
 import pytest
 import torch
 
-from s4audio.ssm import BACKENDS, DISCRETIZATIONS, backend, chunk, kernel, ops, reference, run, step, zero_state
+from s4audio.ssm import (
+    BACKENDS,
+    DISCRETIZATIONS,
+    backend,
+    chunk,
+    diagonal_system,
+    kernel,
+    ops,
+    poles,
+    reference,
+    run,
+    step,
+    zero_state,
+)
 from tests.ssm.systems import ALPHA, FAMILIES, cast, discretize, error, parameters, random_state
 
 KINDS = [("diagonal", "legs"), ("dplr", "legs"), ("real modes", "real")]
@@ -291,3 +305,38 @@ def test_kernel_of_a_varying_system(kind, init, name):
     system = discretize(parameters(kind, init), "async", gap=torch.ones(5))
     with pytest.raises(ValueError, match="varies in time and has no kernel; use run"), backend(name):
         kernel(system, 5)
+
+
+# Poles
+
+
+def test_poles_of_a_diagonal_system_are_those_of_the_continuous_one_within_the_band():
+    A, dt = torch.tensor([[-0.5 + 3j, -2.0 + 100j, -1.0 - 7j]], dtype=torch.complex128), torch.tensor([[0.01]])
+    ones = torch.ones_like(A)
+    frequency, decay = poles(diagonal_system(A, ones, ones, dt.double(), "zoh"))
+    torch.testing.assert_close(frequency, A.imag.abs() * 0.01 / (2 * torch.pi))
+    torch.testing.assert_close(decay, -1 / (0.01 * A.real))
+
+
+def test_a_frequency_beyond_the_band_folds_back():
+    A = torch.tensor([[-0.1 + 2j * torch.pi * 0.7]], dtype=torch.complex128)
+    frequency, _ = poles(diagonal_system(A, A, A, torch.ones(1, 1, dtype=torch.float64), "zoh"))
+    torch.testing.assert_close(frequency, torch.tensor([[0.3]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("discretization", DISCRETIZATIONS)
+def test_poles_of_s4_are_the_eigenvalues_of_its_matrix(discretization):
+    system = discretize(parameters("dplr", "legs"), discretization)
+    frequency, decay = poles(system)
+    wanted = torch.from_numpy(np.linalg.eigvals(system.A_bar.numpy()))
+    sizes, angles = (-1 / decay).exp(), 2 * torch.pi * frequency
+    for row, (size, angle) in enumerate(zip(sizes, angles, strict=True)):
+        got = sorted(zip(size.tolist(), angle.tolist(), strict=True))
+        expected = sorted(zip(wanted[row].abs().tolist(), wanted[row].angle().abs().tolist(), strict=True))
+        np.testing.assert_allclose(np.sort([g[0] for g in got]), np.sort([e[0] for e in expected]), rtol=1e-9)
+        np.testing.assert_allclose(np.sort([g[1] for g in got]), np.sort([e[1] for e in expected]), rtol=1e-7, atol=1e-9)
+
+
+def test_an_undamped_pole_rings_for_ever():
+    A = torch.tensor([[1j]], dtype=torch.complex128)
+    assert poles(diagonal_system(A, A, A, torch.ones(1, 1, dtype=torch.float64), "bilinear"))[1].item() == float("inf")

@@ -1,0 +1,50 @@
+"""What a model is and remembers, in words and as a picture."""
+
+import pytest
+import torch
+
+from s4audio import CausalAutoencoder, S4DAutoencoder, S4Model, save
+from s4audio.cli import main
+from s4audio.cli.info import memories
+from tests.cli.commands import refused
+
+
+def test_a_model_is_described(model, capsys, tmp_path):
+    assert main(["info", str(model), "--plot", str(tmp_path / "plot.png")]) == 0
+    told = capsys.readouterr().out
+    for wanted in (
+        "CausalAutoencoder in", "1 channel at 4,000 Hz", "16 numbers, 500 times a second: 8,000 a second in place of 4,000",
+        "waits for 1.75 ms at most", "training:    not recorded", "encoder.1.inner.1", "decoder.5.inner.1",
+    ):  # fmt: skip
+        assert wanted in told, wanted
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_every_kind_of_model_has_a_description(capsys, tmp_path):
+    save(S4DAutoencoder(3000), tmp_path / "a")
+    save(S4Model(3, 10, d_model=4, num_layers=2, layer="S4", d_state=8), tmp_path / "b")
+    assert main(["info", str(tmp_path / "a")]) == 0
+    assert "no, it normalizes over the whole clip" in capsys.readouterr().out
+    assert main(["info", str(tmp_path / "b")]) == 0
+    told = capsys.readouterr().out
+    assert "times in samples: this model has no sample rate" in told and "S4 " in told
+    assert (tmp_path / "b" / "poles.png").exists()  # beside the model unless told
+
+
+def test_each_layer_is_measured_at_its_own_rate():
+    """A layer behind a stride of 8 runs at an eighth of the rate, and remembers eight times as long as its samples say."""
+    model = CausalAutoencoder(8000, strides=(2, 4), widths=(4, 4, 4), d_state=8, latent_channels=2)
+    by_name = {memory.name: memory for memory in memories(model)}
+    rates = {name: memory.rate for name, memory in by_name.items()}
+    assert sorted(rates.values()) == [1000, 1000, 4000, 4000, 8000, 8000] and len(rates) == 6
+    inner = next(memory for memory in by_name.values() if memory.rate == 1000)
+    dt = inner.layer.log_dt.exp().reshape(4, 1)
+    torch.testing.assert_close(inner.decay, (1 / (0.5 * dt) / 1000).expand(4, 4).flatten().double())  # Re A = -1/2
+
+
+def test_what_is_no_model_is_refused(capsys, tmp_path, model):
+    assert "is not a model" in refused(capsys, "info", str(tmp_path))
+    assert "arguments are required: model" in refused(capsys, "info")
+    with pytest.raises(SystemExit) as caught:
+        main(["info", "--help"])
+    assert caught.value.code == 0
