@@ -1,30 +1,34 @@
-"""Scores how well a trained autoencoder reconstructs recordings: MSE, SI-SDR and log-spectral distance, per split.
+"""Scores how well a trained autoencoder reconstructs recordings, per split, beside what needs no training.
 
     python evaluation/reconstruction.py MODEL --split train=FOLDER --split test=FOLDER --json FILE
 
-Whole files, mono at the model's rate, at the level it was trained on. Each score is the mean over files, with the standard
-deviation over files behind it; the model's output is compared with doing nothing useful: silence has the MSE of the audio
-itself, and an SI-SDR of 0 dB means that half of the output's energy is error.
+MSE, SI-SDR, log-spectral distance and multi-resolution STFT distance of whole files, mono at the model's rate, at the level
+it was trained on. Each score is the mean over files, with the standard deviation over files behind it. Beside the model
+stand silence, whose MSE is that of the audio itself, and a low-pass that keeps as many numbers a second as the latent holds
+(where that is fewer than there are samples). The real-time factor is that of the whole forward pass on --threads threads.
 """
 
 import argparse
 import json
 import platform
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import torch
 
 import s4audio
-from s4audio.audio import find_audio, normalize, read_audio
+from s4audio.audio import band_limit, find_audio, normalize, read_audio
 from s4audio.checkpoint import read_config
+from s4audio.losses import multi_resolution_stft
 from s4audio.metrics.signal import log_spectral_distance, si_sdr
 
 
 @torch.no_grad()
 def score(model: torch.nn.Module, folder: str, level: str, device: str) -> dict[str, float]:
     """Mean and deviation over the files of each score."""
-    scores: dict[str, list[float]] = {"mse": [], "silence_mse": [], "si_sdr_db": [], "log_spectral_distance_db": []}
+    scores: dict[str, list[float]] = defaultdict(list)
+    numbers = model.latent_channels * model.sample_rate // model.hop_length
     seconds, took = 0.0, 0.0
     for file in find_audio(folder):
         audio = normalize(read_audio(file, model.sample_rate)[0], level)
@@ -32,19 +36,26 @@ def score(model: torch.nn.Module, folder: str, level: str, device: str) -> dict[
         estimate = model(audio.unsqueeze(0).to(device))[0].cpu()
         took += time.perf_counter() - start
         seconds += audio.shape[-1] / model.sample_rate
-        scores["mse"].append((estimate - audio).square().mean().item())
         scores["silence_mse"].append(audio.square().mean().item())
-        scores["si_sdr_db"].append(si_sdr(estimate, audio).mean().item())
-        scores["log_spectral_distance_db"].append(log_spectral_distance(estimate, audio).mean().item())
-    result: dict[str, float] = {
+        ways = {"": estimate}
+        if numbers < model.sample_rate:
+            ways["low_pass_"] = band_limit(audio, model.sample_rate, numbers)
+        for way, result in ways.items():
+            scores[f"{way}mse"].append((result - audio).square().mean().item())
+            scores[f"{way}si_sdr_db"].append(si_sdr(result, audio).mean().item())
+            scores[f"{way}log_spectral_distance_db"].append(log_spectral_distance(result, audio).mean().item())
+            scores[f"{way}multi_resolution_stft"].append(multi_resolution_stft(result, audio).item())
+    summary: dict[str, float] = {
         "files": len(scores["mse"]),
+        "latent_numbers_a_second": numbers,
         "seconds": round(seconds, 1),
         "real_time_factor": round(seconds / took, 1),
     }
     for name, values in scores.items():
         of_files = torch.tensor(values, dtype=torch.float64)
-        result[name], result[f"{name}_std"] = of_files.mean().item(), of_files.std().item()
-    return result
+        summary[name] = of_files.mean().item()
+        summary[f"{name}_std"] = of_files.std().item() if len(values) > 1 else 0.0
+    return summary
 
 
 def main() -> None:
@@ -52,8 +63,10 @@ def main() -> None:
     parser.add_argument("model", help="model folder")
     parser.add_argument("--split", action="append", required=True, metavar="NAME=FOLDER")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--json", help="also write the scores to this file")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     model, config = s4audio.load(args.model, args.device), read_config(args.model)
     level = config["training"].get("normalize", "none")
     splits = {
@@ -67,13 +80,21 @@ def main() -> None:
             f"{name:>6}: MSE {s['mse']:.3g} (silence {s['silence_mse']:.3g}), "
             f"SI-SDR {s['si_sdr_db']:.2f} ± {s['si_sdr_db_std']:.2f} dB, "
             f"log-spectral distance {s['log_spectral_distance_db']:.2f} dB, "
+            f"multi-resolution STFT {s['multi_resolution_stft']:.3f}, "
             f"{s['files']} files, {s['real_time_factor']:.0f}x real time"
         )
+        if "low_pass_mse" in s:
+            print(
+                f"        low-pass of as many numbers: SI-SDR {s['low_pass_si_sdr_db']:.2f} dB, log-spectral distance "
+                f"{s['low_pass_log_spectral_distance_db']:.2f} dB, "
+                f"multi-resolution STFT {s['low_pass_multi_resolution_stft']:.3f}"
+            )
     if args.json:
         result = {
             "model": {"class": config["class"], "arguments": config["arguments"]},
             "training": {key: value for key, value in config["training"].items() if key != "skipped"},
             "splits": splits,
+            "threads": args.threads,
             "versions": {"s4audio": s4audio.__version__, "torch": torch.__version__, "python": platform.python_version()},
         }
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")

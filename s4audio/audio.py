@@ -190,6 +190,12 @@ def resample(audio: Tensor, from_rate: int, to_rate: int) -> Tensor:
     return torch.nn.functional.pad(resampled, (0, length - resampled.shape[-1]))
 
 
+def band_limit(audio: Tensor, sample_rate: int, kept_rate: int) -> Tensor:
+    """(channels, samples) as kept_rate numbers a second can say it, by resampling there and back; a baseline."""
+    back = resample(resample(audio, sample_rate, kept_rate), kept_rate, sample_rate)[..., : audio.shape[-1]]
+    return torch.nn.functional.pad(back, (0, audio.shape[-1] - back.shape[-1]))
+
+
 def decoders() -> tuple[str, list[str]]:
     """The version of the library that reads audio files, and the formats that can be read here."""
     import soundfile

@@ -118,13 +118,16 @@ def curves_figure(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
         ylabel: what the values are.
         log: whether the values are drawn on a logarithmic scale.
     """
-    figure = _figure(5.2, 2.6)
+    figure = _figure(4.4, 2.4)
     axis = figure.subplots()
     for colour, (name, (steps, values)) in zip((ACCENT, SECOND), curves.items(), strict=False):
         marker = "o" if len(steps) < 30 else None
         axis.plot(steps, values, color=colour, label=name, linewidth=1.3, marker=marker, markersize=3)
     if log:
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.tick_params(axis="y", which="minor", labelsize=7)
     axis.set_xlabel("step")
     axis.set_ylabel(ylabel)
     axis.grid(axis="y")
@@ -146,7 +149,7 @@ def poles_figure(layers: Mapping[str, tuple[Tensor, Tensor]], in_time: bool = Tr
     lowest = 1e-4 * (max(frequency.max().item() for frequency, _ in layers.values()) or 1.0)
     columns = min(2, len(layers))
     rows = -(-len(layers) // columns)
-    figure = _figure(5.2, 0.7 + 1.5 * rows)
+    figure = _figure(4.4, 0.6 + 1.3 * rows)
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for axis, (name, (frequency, decay)) in zip(axes.flat, layers.items(), strict=False):
         axis.scatter(frequency.clamp_min(lowest), decay, s=3, color=ACCENT, alpha=0.35, linewidths=0)
@@ -155,6 +158,8 @@ def poles_figure(layers: Mapping[str, tuple[Tensor, Tensor]], in_time: bool = Tr
         axis.set_visible(False)
     axes[0, 0].set_xscale("log")
     axes[0, 0].set_yscale("log")
+    for axis in (axes[0, 0].xaxis, axes[0, 0].yaxis):
+        axis.set_major_formatter("{x:g}")
     figure.supxlabel("frequency, Hz" if in_time else "frequency, cycles a sample", fontsize=9, color=INK)
     figure.supylabel("decay to 1/e, s" if in_time else "decay to 1/e, samples", fontsize=9, color=INK)
     return figure
@@ -206,7 +211,7 @@ def _player(clip: Clip) -> str:
 
 @_styled
 def _clip_svg(clip: Clip) -> Any:
-    figure = _figure(5.2, 2.7)
+    figure = _figure(4.4, 2.5)
     wave, picture = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
     samples = clip.audio[0].detach().float().cpu()
     _draw_clip(wave, picture, samples, clip.sample_rate)

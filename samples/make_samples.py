@@ -411,6 +411,11 @@ def play(piece: Piece, seed: int) -> np.ndarray:
     return 0.7 * mix / np.abs(mix).max()
 
 
+def seed_of(name: str) -> int:
+    """A number for each piece, the same everywhere."""
+    return zlib.crc32(name.encode())
+
+
 def room(dry: np.ndarray, rng: Random) -> np.ndarray:
     """A small hall: noise that decays over 1.1 s, duller as it fades, behind the direct sound."""
     time = np.arange(round(1.1 * SAMPLE_RATE)) / SAMPLE_RATE
@@ -426,7 +431,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE, help="folder for the clips (default: this one)")
     args = parser.parse_args()
     for name in args.names or PIECES:
-        audio = play(PIECES[name], zlib.crc32(name.encode()))
+        audio = play(PIECES[name], seed_of(name))
         write_audio(args.out / f"{name}.flac", torch.from_numpy(audio).unsqueeze(0), SAMPLE_RATE)
         print(f"{args.out / name}.flac  {len(audio) / SAMPLE_RATE:5.1f} s  {PIECES[name].source}", flush=True)
 

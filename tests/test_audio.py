@@ -8,7 +8,17 @@ import soundfile
 import torch
 
 from s4audio import audio
-from s4audio.audio import AudioError, find_audio, normalize, read_audio, read_blocks, resample, write_audio, write_blocks
+from s4audio.audio import (
+    AudioError,
+    band_limit,
+    find_audio,
+    normalize,
+    read_audio,
+    read_blocks,
+    resample,
+    write_audio,
+    write_blocks,
+)
 
 
 def tone(rate: int, hz: float = 220.0, seconds: float = 1.0) -> np.ndarray:
@@ -185,3 +195,12 @@ def test_a_wav_file_is_refused_beyond_what_it_can_hold(tmp_path, monkeypatch):
     with pytest.raises(AudioError, match="longer than the 4 GiB"):
         write_blocks(tmp_path / "a.wav", [torch.zeros(1, 400), torch.zeros(1, 400)], 8000)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("length", [1, 7, 16_000, 16_001])
+def test_band_limiting_keeps_the_length_and_what_is_below_half_the_kept_rate(length):
+    low, high = (torch.from_numpy(tone(16_000, hz, 2.0))[None, :length] for hz in (440, 3000))
+    limited = band_limit(low + high, 16_000, 4000)
+    assert limited.shape == (1, length)
+    if length > 1000:
+        assert (limited - low)[0, 1000:-1000].abs().max() < 1e-3

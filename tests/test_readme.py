@@ -3,25 +3,79 @@
 import doctest
 import importlib
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
+
+from s4audio.cli import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 EXAMPLES = [path for path in (ROOT / "s4audio").rglob("*.py") if ">>> " in path.read_text()]
+COMMANDS = [
+    line for block in re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL) for line in block.splitlines() if line
+] + re.findall(r"`((?:s4audio|python|make) [^`]+)`", README)
+QUICK = (
+    "--trainer.max_steps 1 --trainer.val_check_interval 1 --data.init_args.batch_size 1 --data.init_args.clip_seconds 0.1 "
+    "--trainer.accelerator cpu"
+)
 
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL))
 def test_python_block_of_the_readme_runs(block):
     torch.manual_seed(0)
-    exec(compile(block, "README.md", "exec"), {})
+    names: dict = {}
+    exec(compile(block, "README.md", "exec"), names)
+    torch.testing.assert_close(torch.cat(names["blocks"], dim=-1), names["again"], rtol=0, atol=1e-4)
+    assert names["latent"].shape == (1, 16, 1000)
 
 
-def test_recipes_and_scripts_that_the_readme_names_exist():
-    named = set(re.findall(r"(?:recipes|evaluation|tests|s4audio)/[\w/]+\.\w+", README))
-    assert named and all((ROOT / name).is_file() for name in named), named
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_commands_of_the_readme_run_in_their_order(tmp_path, monkeypatch):
+    """Those of s4audio, with small recordings in the place of the reader's and one step in the place of many."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "MY_RECORDINGS").mkdir()
+    for number in range(3):
+        tone = 0.3 * np.sin(np.arange(8000) * 0.05 * (number + 1))
+        soundfile.write(tmp_path / "MY_RECORDINGS" / f"{number}.wav", tone, 16_000)
+    soundfile.write(tmp_path / "MY_RECORDING.wav", tone, 16_000)
+    ran = set()
+    for command in COMMANDS:
+        program, *arguments = shlex.split(command, comments=True)
+        if program != "s4audio" or arguments[0] == "demo" or "..." in arguments:  # the demo has a test of its own
+            continue
+        if "--help" in arguments[1:]:
+            continue
+        if arguments[0] == "fit":
+            arguments += QUICK.split()
+        assert main(arguments) == 0, command
+        ran.add(arguments[0])
+    assert {"fit", "reconstruct", "generate", "info", "doctor"} <= ran
+    assert (tmp_path / "out.wav").exists() and (tmp_path / "runs" / "mine" / "report.html").exists()
+
+
+@pytest.mark.parametrize("command", sorted({c for c in COMMANDS if c.startswith(("make ", "python "))}))
+def test_other_commands_of_the_readme_exist(command):
+    program, target, *options = shlex.split(command, comments=True)
+    if program == "make":
+        asked = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True)
+        assert asked.returncode == 0, asked.stderr
+    else:
+        told = subprocess.run([sys.executable, target, "--help"], cwd=ROOT, capture_output=True, text=True)
+        assert told.returncode == 0, told.stderr
+        assert all(option in told.stdout for option in options if option.startswith("--"))
+
+
+def test_files_that_the_readme_names_exist():
+    named = set(re.findall(r"(?:recipes|evaluation|tests|samples|s4audio)/[\w/]+\.\w+", README))
+    named |= {target for target in re.findall(r"\]\(([^)]+)\)", README) if "://" not in target}
+    assert named and all((ROOT / name).exists() for name in named), [n for n in named if not (ROOT / n).exists()]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from s4audio import checkpoint
-from s4audio.audio import find_audio, normalize, read_audio, resample, write_audio
+from s4audio.audio import band_limit, find_audio, normalize, read_audio, write_audio
 from s4audio.cli.arguments import Parser, shipped
 from s4audio.cli.fit import fit, memory_section, next_commands, training_section
 from s4audio.cli.info import describe, describe_training
@@ -49,7 +49,7 @@ def demo(arguments: list[str]) -> None:
     recordings = {file.stem: normalize(read_audio(file, rate)[0], "peak") for file in find_audio(valid)}
 
     print("\n2 of 3: the two clips that it was not trained on, and noise", flush=True)
-    heard, scores = _reconstructions(model, recordings, out)
+    heard, close = _reconstructions(model, recordings, out)
     made = _inventions(model, next(iter(recordings.values())), out)
     streamed = _streaming(model, run / "best", find_audio(valid)[0], out)
 
@@ -64,14 +64,7 @@ def demo(arguments: list[str]) -> None:
         f"turns each second of music into {numbers:,} numbers instead of {rate:,}, and back.",
         [
             heard,
-            Section(
-                "How close is it?",
-                [
-                    "Means over the two clips. Beside the model stand two ways to say a second of sound in few numbers "
-                    f"without learning: a low-pass that keeps the same {numbers:,} numbers, and the mean of each frame.",
-                ],
-                table=scores,
-            ),
+            close,
             streamed,
             made,
             training_section(run),
@@ -80,19 +73,19 @@ def demo(arguments: list[str]) -> None:
             Section("What to type next", commands=next_commands(run / "best")),
         ],
     )
-    for row in scores:
+    for row in close.table:
         print("  " + "  ".join(f"{cell:<24}" for cell in row[:-1]).rstrip())
     print(f"\n{time.monotonic() - began:.0f} s in all. Open {out / 'report.html'} in a browser; the sounds are in {out}.")
 
 
 @torch.no_grad()
-def _reconstructions(model: Any, recordings: dict[str, Tensor], out: Path) -> tuple[Section, list[tuple[str, ...]]]:
-    """Each recording and what becomes of it, and the scores of the model and of two baselines."""
+def _reconstructions(model: Any, recordings: dict[str, Tensor], out: Path) -> tuple[Section, Section]:
+    """Each recording and what becomes of it; and the scores of the model and of two baselines."""
     rate = model.sample_rate
     numbers = round(model.latent_channels * rate / model.hop_length)
     ways = {
         "the model": lambda audio: model(audio.unsqueeze(0))[0],
-        "low-pass, as many numbers": lambda audio: _low_pass(audio, rate, numbers),
+        "low-pass, as many numbers": lambda audio: band_limit(audio, rate, numbers),
         "mean of each frame": lambda audio: _frame_means(audio, model.hop_length),
     }
     clips: list[Clip] = []
@@ -102,7 +95,7 @@ def _reconstructions(model: Any, recordings: dict[str, Tensor], out: Path) -> tu
         write_audio(out / f"{name}_input.wav", audio, rate)
         write_audio(out / f"{name}_reconstructed.wav", estimate, rate)
         length = round(CLIP_SECONDS * rate)
-        title = name.replace("_", " ")
+        title = name.replace("_", " ").capitalize()
         clips += [
             Clip(f"{title}: the recording", audio[..., :length], rate),
             Clip(f"{title}: through the model", estimate[..., :length], rate),
@@ -113,21 +106,18 @@ def _reconstructions(model: Any, recordings: dict[str, Tensor], out: Path) -> tu
         spectral = sum(log_spectral_distance(e, r).item() for e, r in pairs) / len(pairs)
         stft = sum(multi_resolution_stft(e, r).item() for e, r in pairs) / len(pairs)
         rows.append((way, f"{sdr:.1f} dB", f"{spectral:.1f} dB", f"{stft:.2f}", _in_words(sdr)))
-    scores = [
-        ("", "SI-SDR, higher is better", "log-spectral distance", "multi-resolution STFT", "in words"),
-        *rows,
-    ]
-    text = (
-        "Left a clip that the model was not trained on, right what it makes of it. All clips are made by a small "
+    heard = (
+        "First a clip that the model was not trained on, then what it makes of it. All clips are made by a small "
         "synthesizer that comes with the project, so you may do with them what you like."
     )
-    return Section("Listen", [text], clips=clips), scores
-
-
-def _low_pass(audio: Tensor, rate: int, numbers: int) -> Tensor:
-    """The audio resampled to `numbers` samples a second and back."""
-    there_and_back = resample(resample(audio, rate, numbers), numbers, rate)[..., : audio.shape[-1]]
-    return F.pad(there_and_back, (0, audio.shape[-1] - there_and_back.shape[-1]))
+    close = (
+        "Means over the two clips. Beside the model stand two ways to say a second of sound in few numbers without "
+        f"learning: a low-pass that keeps the same {numbers:,} numbers, and the mean of each frame. The low-pass keeps the "
+        "loud low notes and loses everything above; the two spectral distances, lower is better, hear that."
+    )
+    limited = Clip(f"{title}: low-pass, as many numbers", ways["low-pass, as many numbers"](audio)[..., :length], rate)
+    table = [("", "SI-SDR, higher is better", "log-spectral distance", "multi-resolution STFT", "in words"), *rows]
+    return Section("Listen", [heard], clips=clips), Section("How close is it?", [close], clips=[limited], table=table)
 
 
 def _frame_means(audio: Tensor, hop_length: int) -> Tensor:

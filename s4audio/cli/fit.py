@@ -135,7 +135,7 @@ def run_sections(out: Path, held_out: list[Tensor]) -> list[Section]:
     sample = model.sample(1, round(CLIP_SECONDS / 2 * rate), generator=generator)[0]
     facts = [("", ""), *describe(model), *describe_training(training)]
     return [
-        Section("Listen", ["Left a recording that the model was not trained on, right what it makes of it."], clips=clips),
+        Section("Listen", ["First a recording that the model was not trained on, then what it makes of it."], clips=clips),
         Section(
             "From noise", ["An autoencoder learns what a latent means, not which latents sound like music: expect texture."],
             clips=[Clip("a random latent", sample, rate)],
