@@ -12,7 +12,7 @@ from s4audio import checkpoint
 from s4audio.audio import band_limit, find_audio, normalize, read_audio, write_audio
 from s4audio.cli.arguments import Parser, shipped
 from s4audio.cli.fit import fit, memory_section, next_commands, training_section
-from s4audio.cli.info import describe, describe_training
+from s4audio.cli.info import describe, describe_training, print_table
 from s4audio.cli.reconstruct import reconstruct
 from s4audio.losses import multi_resolution_stft
 from s4audio.metrics.signal import log_spectral_distance, si_sdr
@@ -73,8 +73,7 @@ def demo(arguments: list[str]) -> None:
             Section("What to type next", commands=next_commands(run / "best")),
         ],
     )
-    for row in close.table:
-        print("  " + "  ".join(f"{cell:<24}" for cell in row[:-1]).rstrip())
+    print_table([row[:-1] for row in close.table])
     print(f"\n{time.monotonic() - began:.0f} s in all. Open {out / 'report.html'} in a browser; the sounds are in {out}.")
 
 

@@ -175,7 +175,7 @@ def next_commands(model: Path) -> list[tuple[str, str]]:
         ("Hear variations of a recording:", f"s4audio generate {model} --from MY_RECORDING.wav --variation 0.3"),
         ("Look inside:", f"s4audio info {model}"),
         ("Train on recordings of your own:",
-            "s4audio fit --config recipes/autoencoder_16k.yaml --data.init_args.train MY_RECORDINGS"),
+            "s4audio fit --config recipes/demo.yaml --data.init_args.train MY_RECORDINGS --out runs/mine"),
     ]  # fmt: skip
 
 

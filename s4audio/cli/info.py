@@ -1,5 +1,6 @@
 """`s4audio info`: what a model is, how it was trained, and what its state spaces remember for how long."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,9 +48,7 @@ def info(arguments: list[str]) -> None:
                 f"{hertz(low)} to {hertz(high)}", f"{seconds(shortest)} to {seconds(longest)}", seconds(middle),
             )
         )  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print_table(rows)
     if not in_time:
         print("  (frequencies in cycles a sample, times in samples: this model has no sample rate)")
     from s4audio.report import poles_figure, save_figure
@@ -57,6 +56,13 @@ def info(arguments: list[str]) -> None:
     plot = Path(args.plot or Path(args.model) / "poles.png")
     save_figure(plot, poles_figure({m.name: (m.frequency, m.decay) for m in layers}, in_time))
     print(f"\nplot: {plot}")
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Rows of cells, each column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def describe(model: nn.Module) -> list[tuple[str, str]]:
