@@ -22,6 +22,7 @@ from s4audio.audio import band_limit, find_audio, normalize, read_audio
 from s4audio.checkpoint import read_config
 from s4audio.losses import multi_resolution_stft
 from s4audio.metrics.signal import log_spectral_distance, si_sdr
+from s4audio.report import clips_figure, save_figure
 
 
 @torch.no_grad()
@@ -58,6 +59,14 @@ def score(model: torch.nn.Module, folder: str, level: str, device: str) -> dict[
     return summary
 
 
+@torch.no_grad()
+def draw(model: torch.nn.Module, folder: str, level: str, device: str, path: str) -> None:
+    """Ten seconds of the folder's first file and of its reconstruction."""
+    audio = normalize(read_audio(find_audio(folder)[0], model.sample_rate)[0], level)[..., : 10 * model.sample_rate]
+    estimate = model(audio.unsqueeze(0).to(device))[0].cpu()
+    save_figure(path, clips_figure({"recording": audio, "through the model": estimate}, model.sample_rate))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="model folder")
@@ -65,6 +74,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--json", help="also write the scores to this file")
+    parser.add_argument("--picture", help="also draw the first ten seconds of the last split's first file, in and out (PNG)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model, config = s4audio.load(args.model, args.device), read_config(args.model)
@@ -89,6 +99,8 @@ def main() -> None:
                 f"{s['low_pass_log_spectral_distance_db']:.2f} dB, "
                 f"multi-resolution STFT {s['low_pass_multi_resolution_stft']:.3f}"
             )
+    if args.picture:
+        draw(model, args.split[-1].partition("=")[2], level, args.device, args.picture)
     if args.json:
         result = {
             "model": {"class": config["class"], "arguments": config["arguments"]},

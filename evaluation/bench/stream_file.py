@@ -3,7 +3,7 @@
     python evaluation/bench/stream_file.py MODEL --minutes 1 10 --json evaluation/results/stream_file.json
 
 Makes a file of each length at the model's rate, runs the command on one thread in a process of its own, and reads that
-process's peak resident memory. A process that loads the model and does nothing stands beside it.
+process's peak resident memory (of Linux, VmHWM). A process that loads the model and does nothing stands beside it.
 """
 
 import argparse
@@ -27,7 +27,8 @@ CROP_SECONDS = 20
 
 def measure(code: str) -> tuple[float, float, str]:
     """Seconds, peak MiB and output of a Python process on one thread."""
-    code += "\nimport resource; print('KiB', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    # Not getrusage: that counts the parent's memory at the fork too.
+    code += "\nprint('KiB', open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     start = time.perf_counter()
     out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout

@@ -70,7 +70,7 @@ def demo(arguments: list[str]) -> None:
             training_section(run),
             memory_section(model),
             Section("The model", table=[("", ""), *describe(model), *describe_training(training)]),
-            Section("What to type next", commands=next_commands(run / "best")),
+            Section("What to type next", commands=next_commands(model, run / "best")),
         ],
     )
     print_table([row[:-1] for row in close.table])
@@ -174,7 +174,7 @@ def _streaming(model: Any, path: Path, file: Path, out: Path) -> Section:
     table = [
         ("", ""),
         ("speed", f"{speed:.0f} times real time here, in blocks of one second, files read and written"),
-        ("memory", "the same for ten seconds and for ten hours"),
+        ("memory", "does not grow with the length of the recording"),
         (
             f"{len(lengths)} blocks of 1 to 2,000 samples against all at once",
             f"largest difference {difference:.0e} of the peak",

@@ -143,7 +143,7 @@ def run_sections(out: Path, held_out: list[Tensor]) -> list[Section]:
         Section("The model", table=facts),
         training_section(out),
         memory_section(model),
-        Section("What to type next", commands=next_commands(out / "best")),
+        Section("What to type next", commands=next_commands(model, out / "best")),
     ]  # fmt: skip
 
 
@@ -168,15 +168,18 @@ def memory_section(model: torch.nn.Module) -> Section:
     return Section("What it remembers", [text], figures=[("Poles of each state-space layer.", poles_figure(poles))])
 
 
-def next_commands(model: Path) -> list[tuple[str, str]]:
-    """What to do with a model, and how."""
-    return [
-        ("Send a recording of any length through it:", f"s4audio reconstruct {model} MY_RECORDING.wav out.wav"),
-        ("Hear variations of a recording:", f"s4audio generate {model} --from MY_RECORDING.wav --variation 0.3"),
-        ("Look inside:", f"s4audio info {model}"),
+def next_commands(model: torch.nn.Module, path: Path) -> list[tuple[str, str]]:
+    """What to do with a model in a folder, and how."""
+    commands = [
+        ("Hear variations of a recording:", f"s4audio generate {path} --from MY_RECORDING.wav --variation 0.3"),
+        ("Look inside:", f"s4audio info {path}"),
         ("Train on recordings of your own:",
             "s4audio fit --config recipes/demo.yaml --data.init_args.train MY_RECORDINGS --out runs/mine"),
     ]  # fmt: skip
+    if hasattr(model, "stream"):
+        streamed = f"s4audio reconstruct {path} MY_RECORDING.wav out.wav"
+        commands.insert(0, ("Send a recording of any length through it:", streamed))
+    return commands
 
 
 def read_curves(out: Path) -> dict[str, tuple[list[int], list[float]]]:
