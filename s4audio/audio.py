@@ -78,7 +78,8 @@ def read_blocks(
 ) -> Iterator[Tensor]:
     """The samples of `read_audio` in blocks (channels, samples), one at a time: memory does not grow with the file.
 
-    Formats that only librosa reads are decoded whole first. The blocks of a resampled file have varying lengths.
+    Formats that only librosa reads (M4A) are decoded whole first. A file that is damaged in its middle is refused, also
+    where another decoder would get over it. The blocks of a resampled file have varying lengths.
 
     Args:
         path: as `read_audio`.
@@ -278,9 +279,15 @@ def _decode_blocks(path: Path, block_seconds: float) -> tuple[Iterator[np.ndarra
     """Blocks (channels, samples) float32, and the rate."""
     import soundfile
 
+    class InOrder(soundfile.SoundFile):
+        """soundfile seeks after each read where a file can seek, and an MP3 decoder that seeks forgets what it carried."""
+
+        def seekable(self) -> bool:
+            return False
+
     with _in_a_sentence(path):
         try:
-            file = soundfile.SoundFile(path)
+            file = InOrder(path)
         except soundfile.LibsndfileError:
             if path.suffix.lower() not in LIBROSA_TOO:
                 raise

@@ -46,6 +46,8 @@ def save(model: nn.Module, path: str | Path, training: dict[str, Any] | None = N
     with replacing(path / WEIGHTS) as new_weights, replacing(path / CONFIG) as new_config:
         new_weights.write(to_bytes(weights))  # not save_file, which makes files that only their owner can read
         new_config.write(config.encode())
+        for file in (new_weights, new_config):
+            file.flush()  # a full disk shows here, before either takes its place
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:

@@ -6,6 +6,7 @@ embedded as FLAC and pictures as SVG whose colours follow the reader's light or 
 
 import base64
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
@@ -55,7 +56,7 @@ class Clip(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A part of a page; what is empty is left out."""
+    """A part of a page under its title; lists that are empty are left out."""
 
     title: str
     text: Sequence[str] = ()  # paragraphs
@@ -192,8 +193,8 @@ def _level(samples: Tensor) -> str:
 
 def _envelope(samples: Tensor, points: int = 1200) -> tuple[Tensor, Tensor]:
     """Lowest and highest sample of each of at most `points` stretches."""
-    stretch = max(1, samples.shape[-1] // points)
-    whole = samples[: samples.shape[-1] // stretch * stretch].reshape(-1, stretch)
+    stretch = -(-samples.shape[-1] // points)
+    whole = torch.nn.functional.pad(samples, (0, -samples.shape[-1] % stretch)).reshape(-1, stretch)
     return whole.amin(-1), whole.amax(-1)
 
 
@@ -218,18 +219,20 @@ def _clip_svg(clip: Clip) -> Any:
     wave.set_title(_level(samples), fontsize=8, loc="left")
     wave.set_yticks([])
     picture.set_ylabel("kHz")
-    return _svg(figure)
+    return _svg(figure, f"Waveform and spectrogram of {clip.name}, {_level(samples)}")
 
 
 @_styled
-def _svg(figure: "Figure") -> Any:
-    """The figure as inline SVG in the page's colours and letters."""
-    from markupsafe import Markup
+def _svg(figure: "Figure", label: str) -> Any:
+    """The figure as inline SVG in the page's colours and letters; a screen reader says the label."""
+    from markupsafe import Markup, escape
 
     text = StringIO()
     figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     svg = text.getvalue()
-    svg = svg[svg.index("<svg") :]
+    svg = svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
+    used = set(re.findall(r"#([\w-]+)", svg))
+    svg = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", svg)
     for colour, variable in ((INK, "--ink"), (ACCENT, "--accent"), (SECOND, "--second"), (FAINT, "--faint")):
         svg = svg.replace(colour, f"var({variable})")
     return Markup(svg)

@@ -1,6 +1,8 @@
 """Model folders: whole, safe, and refused in a sentence when they are not what they should be."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -110,3 +112,18 @@ def test_a_damaged_folder_is_refused(tmp_path, how, message):
     damage(tmp_path / "model", how)
     with pytest.raises(CheckpointError, match=message):
         load(tmp_path / "model")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits on the size of files are a Unix thing")
+def test_weights_that_do_not_fit_on_the_disk_leave_the_old_model_whole(tmp_path):
+    """Also where the weights are so few that they fail only when the file is closed."""
+    save(MODELS["S4DAutoencoder"](), tmp_path / "model", training={"steps": 1})
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    code = (
+        "import resource, signal, sys; from s4audio import S4DAutoencoder, save\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"save(S4DAutoencoder(3000), {str(tmp_path / 'model')!r}, training={{'steps': 2}})"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 1 and "File too large" in run.stderr
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before

@@ -10,7 +10,7 @@ import pytest
 import soundfile
 import torch
 
-from s4audio.report import Clip, Section, clips_figure, curves_figure, poles_figure, save_figure, write_page
+from s4audio.report import Clip, Section, _envelope, clips_figure, curves_figure, poles_figure, save_figure, write_page
 
 RATE, HZ = 8000, 375.0  # a bin of the spectrogram
 
@@ -48,7 +48,7 @@ def test_text_is_text_whatever_it_holds(page):
 
 
 def test_players_hold_the_sounds(page, tone):
-    players = re.findall(r'<audio controls preload="metadata" src="data:audio/flac;base64,([^"]+)"', page)
+    players = re.findall(r'<audio controls preload="metadata" aria-label="[^"]+" src="data:audio/flac;base64,([^"]+)"', page)
     sounds = [soundfile.read(io.BytesIO(base64.b64decode(player))) for player in players]
     assert [rate for _, rate in sounds] == [RATE, RATE]
     assert np.abs(sounds[0][0] - tone[0].numpy()).max() < 1e-4 and not sounds[1][0].any()
@@ -60,6 +60,21 @@ def test_pictures_follow_the_theme_of_the_reader(page):
     drawn = page[page.index("<main>") :]
     assert "var(--ink)" in drawn and "var(--accent)" in drawn
     assert not re.findall(r"#(?:333333|1f6f8b|c4622d|b0b0b0|ffffff)", drawn)
+
+
+def test_a_screen_reader_finds_names(page):
+    assert page.count('role="img" aria-label="') == 4 and 'aria-label="Waveform and spectrogram of a tone, peak 0.50' in page
+    assert '<audio controls preload="metadata" aria-label="a tone"' in page and '<th scope="row">SI-SDR</th>' in page
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert all(f"#{name}" in page for name in ids)
+
+
+@pytest.mark.parametrize("length", [1, 5, 1199, 1200, 1201, 2399, 90_001])
+def test_an_envelope_has_at_most_so_many_points_and_misses_no_peak(length):
+    samples = torch.randn(length)
+    low, high = _envelope(samples)
+    assert low.shape == high.shape and low.shape[-1] <= 1200
+    assert high.max() >= samples.max() and low.min() <= samples.min()
 
 
 def test_drawing_leaves_the_settings_of_matplotlib_alone(tone, tmp_path):

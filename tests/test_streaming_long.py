@@ -1,11 +1,11 @@
 """Ten minutes of audio in uneven blocks: the same samples as in one piece, and no more memory than a block needs."""
 
-import resource
-
 import pytest
 import torch
 
 from s4audio import CausalAutoencoder
+
+resource = pytest.importorskip("resource", reason="Unix only")
 
 pytestmark = pytest.mark.slow
 

@@ -2,6 +2,8 @@
 
 import difflib
 import errno
+import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -36,6 +38,9 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a verb; returns the exit status: 0, 2 for wrong input, 1 for what went wrong on the way."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show must not end a run
+            stream.reconfigure(errors="backslashreplace")
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP)
         return 0 if arguments else 2
@@ -51,6 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return VERBS[verb](arguments[1:]) or 0
     except ValueError as error:  # AudioError and CheckpointError are ValueErrors
         return _fail(str(error))
+    except KeyboardInterrupt:
+        return _fail("stopped; no file is half-written.", status=130)
+    except BrokenPipeError:  # the reader of the output, `head` for one, has gone
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, so that Python's last flush finds somewhere to go
+        return 1
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         if error.errno in NO_ROOM:

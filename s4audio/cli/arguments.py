@@ -40,7 +40,7 @@ def shipped(name: str) -> Path:
         ValueError: it is in neither.
     """
     package = Path(__file__).parents[1]
-    for root in (package.parent, package):
+    for root in (package, package.parent):
         if (root / name).exists():
             return root / name
     raise ValueError(f"{name} is not part of this installation of s4audio.")

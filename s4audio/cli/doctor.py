@@ -15,7 +15,7 @@ from s4audio import __version__, ssm
 from s4audio.audio import decoders, mel_filterbank, read_audio, resample, write_audio
 from s4audio.cli.arguments import Parser
 from s4audio.layers import S4, S4D
-from s4audio.models import CausalAutoencoder
+from s4audio.models import CausalAutoencoder, stream_blocks
 
 Finding = tuple[str, str]  # "ok", "note" or "FAIL", and a sentence
 FREE_GIB = 2.0
@@ -98,10 +98,14 @@ def _audio_files() -> Iterator[Finding]:
 
 
 def _disk() -> Iterator[Finding]:
-    for name, folder in (("this folder", Path.cwd()), ("temporary files", Path(tempfile.gettempdir()))):
+    for name, folder, needed in (("this folder", Path.cwd(), False), ("temporary files", Path(tempfile.gettempdir()), True)):
+        try:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            yield "FAIL" if needed else "note", f"{name} ({folder}) cannot be written: {error.strerror}"
+            continue
         free = shutil.disk_usage(folder).free / 2**30
-        with tempfile.TemporaryFile(dir=folder):
-            pass
         enough = free >= FREE_GIB
         advice = "" if enough else f"; a training run may want {FREE_GIB:.0f} GiB"
         yield "ok" if enough else "note", f"{free:.1f} GiB free for {name} ({folder}){advice}"
@@ -132,10 +136,7 @@ def _engine() -> Iterator[Finding]:
 def _streaming() -> Iterator[Finding]:
     model = CausalAutoencoder(16_000, strides=(8,), widths=(8, 16), latent_channels=4, d_state=8)
     audio = 0.1 * torch.randn(1, 1, 4000, generator=torch.Generator().manual_seed(0))
-    state, blocks = model.initial_state(1), []
-    for block in audio.split(800, dim=-1):
-        y, state = model.stream(block, state)
-        blocks.append(y)
-    whole = model(audio)
-    error = ((torch.cat(blocks, -1) - whole).abs().max() / whole.abs().max()).item()
+    blocks = torch.cat(list(stream_blocks(model, audio[0].split(800, dim=-1))), dim=-1)
+    whole = model(audio)[0]
+    error = ((blocks - whole).abs().max() / whole.abs().max()).item()
     yield "ok" if error < 1e-4 else "FAIL", f"an autoencoder in blocks is within {error:.0e} of the whole at once"

@@ -51,7 +51,9 @@ def fit(arguments: list[str]) -> None:
         print(HELP)
         return
     if not any(argument.startswith(("--config", "-c", "--help-all", "--print_config")) for argument in arguments):
-        raise ValueError("fit needs a recipe, for example: s4audio fit --config recipes/debug.yaml")
+        raise ValueError(
+            "fit needs a recipe, for example: s4audio fit --config recipes/demo.yaml --data.init_args.train FOLDER"
+        )
     try:
         cli = _recipe_cli(["--help" if a == "--help-all" else _shipped_recipe(a) for a in arguments])
     except (MisconfigurationException, ImportError) as error:  # ImportError: hardware whose own package is missing
@@ -225,6 +227,8 @@ def _recipe_cli(arguments: list[str]) -> Any:
         def instantiate_classes(self) -> None:
             """Adds what the run writes and shows to the trainer that the recipe describes."""
             out, trainer = Path(self.config["out"]), self.config["trainer"]
+            if self.config["save_every"] < 1:
+                raise ValueError(f"save_every is {self.config['save_every']}; wanted at least 1 step.")
             if trainer["devices"] not in (1, "1", "auto"):
                 raise ValueError(f"trainer.devices is {trainer['devices']}; this version trains on one device.")
             if trainer["logger"] is not None:

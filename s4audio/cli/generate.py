@@ -31,8 +31,8 @@ def generate(arguments: list[str]) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--out", default="generated", help="folder for the WAV and PNG files (default generated)")
     args = parser.parse_args(arguments)
-    if args.num < 1 or args.batch_size < 1 or args.seed < 0 or not 0 < args.seconds < float("inf"):
-        raise ValueError("--num and --batch-size must be at least 1, --seconds positive and --seed not negative.")
+    if args.num < 1 or args.batch_size < 1 or args.seed < 0 or not 0 < args.seconds <= 3600:
+        raise ValueError("--num and --batch-size must be at least 1, --seconds positive, at most 3600, --seed not negative.")
     if not 0 <= args.variation <= 1:
         raise ValueError(f"--variation is {args.variation}; wanted 0 (reconstruction) to 1 (only noise).")
     if args.source == "noise" and args.variation:
@@ -65,11 +65,12 @@ def _from_noise(model: Any, args: argparse.Namespace, out: Path) -> float:
 
 @torch.no_grad()
 def _from_recordings(model: Any, args: argparse.Namespace, files: list[Path], how: str, out: Path) -> float:
-    names = [f"{name}_variation_{args.variation:g}" if args.variation else name for name in _distinct_names(files)]
-    originals = {file.resolve() for file in files}
-    for name in names:
-        if (out / f"{name}.wav").resolve() in originals:
-            raise ValueError(f"{out / name}.wav is a recording to read and would be overwritten; choose another --out.")
+    # Every name has an ending, so that no recording beside the one that was given can be in the way.
+    ending = f"variation_{args.variation:g}" if args.variation else "reconstructed"
+    names = [f"{name}_{ending}" for name in _distinct_names(files)]
+    for target in (out / f"{name}.wav" for name in names):
+        if target.exists() and any(target.samefile(file) for file in files):
+            raise ValueError(f"{target} is a recording to read and would be overwritten; choose another --out.")
     print(f"{len(files)} recordings, mono at {model.sample_rate} Hz, level: {'as they are' if how == 'none' else how}")
     seconds, failures = 0.0, []
     for index, (file, name) in enumerate(zip(files, names, strict=True)):
@@ -113,7 +114,7 @@ def _distinct_names(files: list[Path]) -> list[str]:
     names: list[str] = []
     for file in files:
         name, count = file.stem, 1
-        while name in names:
+        while name.casefold() in (taken.casefold() for taken in names):  # A.wav and a.wav are one file on some systems
             count += 1
             name = f"{file.stem}_{count}"
         names.append(name)

@@ -85,7 +85,7 @@ def describe(model: nn.Module) -> list[tuple[str, str]]:
 
 def describe_training(training: dict[str, Any]) -> list[tuple[str, str]]:
     """How the model was trained, from its config.json, line by line."""
-    if "steps" not in training:
+    if not {"steps", "train_files", "valid_files"} <= set(training):
         return [("training", "not recorded")]
     minutes, device = training.get("wall_seconds", 0) / 60, training.get("device", "an unknown device")
     lines = [

@@ -1,10 +1,10 @@
 """`s4audio reconstruct`: a recording of any length through a model, block by block, in memory that does not grow."""
 
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
@@ -19,7 +19,8 @@ def reconstruct(arguments: list[str]) -> None:
     parser = Parser(
         prog="s4audio reconstruct",
         description="Send a recording through a model, one second at a time, with the state carried from block to block. "
-        "The output is mono at the model's sample rate and at the level of the input.",
+        "The output is mono at the model's sample rate and at the level of the input. Memory does not grow with the "
+        "recording, except for M4A, which is decoded whole.",
     )
     parser.add_argument("model", help="model folder, such as runs/NAME/best")
     parser.add_argument("input", help="recording to read: WAV, FLAC, OGG, MP3, any rate, any length")
@@ -29,32 +30,32 @@ def reconstruct(arguments: list[str]) -> None:
     source, target = Path(args.input), Path(args.output)
     if target.suffix.lower() != ".wav":
         raise ValueError(f"{target} is not the name of a WAV file; what is written block by block is WAV.")
-    if source.resolve() == target.resolve():
+    if source.exists() and target.exists() and source.samefile(target):
         raise ValueError(f"{target} is the recording to read; choose another name for the output.")
     model = load_autoencoder(args.model, args.device)
-    model.initial_state(1)  # refuses a model that cannot stream, before the recording is read
+    if not hasattr(model, "stream"):
+        raise ValueError(f"{args.model} is a {type(model).__name__}, which cannot stream; `s4audio generate` takes it.")
     if model.channels != 1:
         raise ValueError(f"the model has {model.channels} channels; reconstruct takes models of 1 (mono).")
     level = checkpoint.read_config(args.model)["training"].get("normalize", "none")
     num_samples, peak = _scan(source, model.sample_rate)
-    gain = 1 / peak if level == "peak" and peak > 0 else 1.0
-    console = Console()
-    console.print(f"{source}: {num_samples / model.sample_rate:.1f} s, mono at {model.sample_rate} Hz", highlight=False)
+    scale = peak if level == "peak" and peak > 0 else 1.0
+    print(f"{source}: {num_samples / model.sample_rate:.1f} s, mono at {model.sample_rate} Hz", flush=True)
     started = time.monotonic()
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
+    with Progress(disable=not sys.stdout.isatty(), transient=True) as bar:
         row = bar.add_task("reconstructing", total=num_samples)
 
-        def louder() -> Iterator[Tensor]:
+        def at_level() -> Iterator[Tensor]:
             for block in read_blocks(source, model.sample_rate):
-                yield (gain * block).to(args.device)
+                yield (block / scale).to(args.device)
                 bar.advance(row, block.shape[-1])
 
-        blocks = (block.cpu() / gain for block in stream_blocks(model, louder()))
+        blocks = (scale * block.cpu() for block in stream_blocks(model, at_level()))
         clipped = write_blocks(target, blocks, model.sample_rate)
     took = time.monotonic() - started
     note = f"; {clipped} samples beyond full scale were clipped" if clipped else ""
     speed = num_samples / model.sample_rate / took
-    console.print(f"{target}: {took:.1f} s, {speed:.1f} times real time{note}", highlight=False, soft_wrap=True)
+    print(f"{target}: {took:.1f} s, {speed:.1f} times real time{note}")
 
 
 def _scan(path: Path, sample_rate: int) -> tuple[int, float]:

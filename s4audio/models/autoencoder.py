@@ -230,6 +230,13 @@ class CausalAutoencoder(WaveformAutoencoder):
         depths = [num_blocks] * len(widths) if isinstance(num_blocks, int) else list(num_blocks)
         if len(depths) != len(widths):
             raise ValueError(f"num_blocks has {len(depths)} entries and widths {len(widths)}; wanted one for each width.")
+        if min(depths) < 0 or max(depths) == 0:
+            raise ValueError(f"num_blocks is {num_blocks}; wanted none below 0, and a block somewhere.")
+        if min(*widths, *strides, latent_channels, channels) < 1:
+            raise ValueError(
+                f"widths {list(widths)}, strides {list(strides)}, latent_channels {latent_channels} and channels {channels} "
+                "must all be at least 1."
+            )
         self.sample_rate, self.strides, self.widths = sample_rate, tuple(strides), tuple(widths)
         self.latent_channels, self.d_state, self.channels = latent_channels, d_state, channels
         self.num_blocks = num_blocks if isinstance(num_blocks, int) else tuple(num_blocks)

@@ -106,5 +106,5 @@ class GenerativeTask(lightning.LightningModule):
         rate = self.model.sample_rate
         clip, estimate = clip.detach().float().cpu(), estimate.detach().float().cpu()
         for name, audio in (("input", clip), ("output", estimate)):
-            writer.add_audio(f"valid/{name}", audio[0].clamp(-1, 1), self.global_step, sample_rate=rate)
+            writer.add_audio(f"valid/{name}", audio[:1].clamp(-1, 1), self.global_step, sample_rate=rate)
         writer.add_figure("valid/clip", clips_figure({"input": clip, "output": estimate}, rate), self.global_step)

@@ -24,3 +24,10 @@ def refused(capsys, *arguments: str) -> str:
     error = capsys.readouterr().err.strip()
     assert error.startswith("s4audio: ") and "Traceback" not in error and len(error.splitlines()) == 1
     return error
+
+
+def limit_files(size: int) -> None:
+    """From now on no file of this process grows beyond `size` bytes, as if the disk were full."""
+    import resource  # Unix only
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))

@@ -1,6 +1,8 @@
 """The doctor says what works, and its status says whether anything needed does not."""
 
 import sys
+import tempfile
+from pathlib import Path
 
 import torch
 
@@ -43,3 +45,20 @@ def test_a_missing_torchaudio_is_a_note(capsys, monkeypatch):
 
 def test_it_takes_no_arguments(capsys):
     assert "unrecognized arguments: --now" in refused(capsys, "doctor", "--now")
+
+
+def test_a_folder_that_cannot_be_written_is_a_note_and_no_place_for_temporary_files_a_failure(capsys, monkeypatch):
+    real = tempfile.TemporaryFile
+    for locked, status, verdict in (
+        (Path.cwd(), 0, " note  this folder"),
+        (Path(tempfile.gettempdir()), 1, " FAIL  temporary"),
+    ):
+
+        def refuse(dir, locked=locked):
+            if Path(dir) == locked:
+                raise PermissionError(13, "Permission denied")
+            return real(dir=dir)
+
+        monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+        assert main(["doctor"]) == status
+        assert verdict in capsys.readouterr().out

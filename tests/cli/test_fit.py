@@ -159,6 +159,8 @@ def test_wrong_recipes_end_in_a_sentence_and_status_2(capsys, folder, tmp_path):
     assert "the data is at 4000 Hz and the model at 8000 Hz" in with_change(set_model("sample_rate", 8000))
     assert "max_steps" in with_change(lambda recipe: recipe["trainer"].update(max_steps="forty"))
     assert "trainer.devices is 2" in with_change(lambda recipe: recipe["trainer"].update(devices=2))
+    assert "save_every is 0; wanted at least 1" in with_change(lambda recipe: recipe.update(save_every=0))
+    assert "latent_channels 0 and channels 1 must all be at least 1" in with_change(set_model("latent_channels", 0))
     assert "trainer.logger is set" in with_change(lambda recipe: recipe["trainer"].update(logger=False))
     assert "have 1 (mono)" in with_change(set_model("channels", 2))
     classifier = {"class_path": "s4audio.S4Model", "init_args": {"d_input": 1, "num_classes": 2}}

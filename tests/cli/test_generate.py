@@ -1,9 +1,12 @@
 """Audio from noise and from recordings: the same seed gives the same clips, and nothing is overwritten."""
 
+from pathlib import Path
+
 import numpy as np
 
 from s4audio import S4DAutoencoder, save
 from s4audio.cli import main
+from s4audio.cli.generate import _distinct_names
 from tests.cli.commands import refused, wav
 
 
@@ -40,14 +43,14 @@ def test_recordings_are_reconstructed_or_varied(model, folder, tmp_path):
         arguments = ["generate", str(model), "--from", str(folder), "--variation", variation, "--out", str(tmp_path / out)]
         assert main(arguments) == 0
     names = sorted(p.name for p in (tmp_path / "same").glob("*.wav"))
-    assert names == [f"tone{i}.wav" for i in range(4)]
+    assert names == [f"tone{i}_reconstructed.wav" for i in range(4)]
     same, near, far = (
         wav(tmp_path / name).astype(float)
-        for name in ("same/tone0.wav", "near/tone0_variation_0.1.wav", "far/tone0_variation_0.9.wav")
+        for name in ("same/tone0_reconstructed.wav", "near/tone0_variation_0.1.wav", "far/tone0_variation_0.9.wav")
     )
     assert len(same) == 8000  # 2 s at the model's 4,000 Hz
     assert 0 < np.abs(near - same).mean() < np.abs(far - same).mean()
-    assert (tmp_path / "same" / "tone0.png").stat().st_size > 10_000
+    assert (tmp_path / "same" / "tone0_reconstructed.png").stat().st_size > 10_000
 
 
 def test_recordings_come_at_the_level_of_training_unless_told(model, folder, tmp_path, capsys):
@@ -55,7 +58,7 @@ def test_recordings_come_at_the_level_of_training_unless_told(model, folder, tmp
         arguments = ["generate", str(model), "--from", str(folder / "tone0.wav"), "--out", str(tmp_path / out)]
         assert main([*arguments, *options]) == 0
         assert ("as they are" in capsys.readouterr().out) == (out == "none")
-    trained, peak, none = (wav(tmp_path / out / "tone0.wav") for out in ("trained", "peak", "none"))
+    trained, peak, none = (wav(tmp_path / out / "tone0_reconstructed.wav") for out in ("trained", "peak", "none"))
     assert np.array_equal(trained, peak) and not np.array_equal(peak, none)
 
 
@@ -64,18 +67,26 @@ def test_files_of_one_name_do_not_overwrite_each_other(model, folder, tmp_path):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / name).write_bytes((folder / "tone3.wav").read_bytes())
     assert main(["generate", str(model), "--from", str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 0
-    assert sorted(p.name for p in (tmp_path / "out").glob("*.wav")) == ["x.wav", "x_2.wav", "x_3.wav"]
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.wav")) == [
+        "x_2_reconstructed.wav", "x_3_reconstructed.wav", "x_reconstructed.wav",
+    ]  # fmt: skip
 
 
 def test_recordings_are_never_overwritten(capsys, model, folder, tmp_path):
-    source = tmp_path / "x.wav"
-    source.write_bytes((folder / "tone3.wav").read_bytes())
-    before = source.read_bytes()
-    for origin in (source, tmp_path):
-        assert "would be overwritten" in refused(
-            capsys, "generate", str(model), "--from", str(origin), "--out", str(tmp_path)
-        )
-    assert source.read_bytes() == before
+    """Neither the one that is read nor one of the same name beside it."""
+    for name in ("x.wav", "x_reconstructed.wav"):
+        (tmp_path / name).write_bytes((folder / "tone3.wav").read_bytes())
+    before = (tmp_path / "x.wav").read_bytes()
+    out = ["--out", str(tmp_path)]
+    assert "would be overwritten" in refused(capsys, "generate", str(model), "--from", str(tmp_path), *out)
+    (tmp_path / "x.flac").write_bytes((folder / "tone0.wav").read_bytes())
+    assert main(["generate", str(model), "--from", str(tmp_path / "x.flac"), *out]) == 0
+    assert (tmp_path / "x.wav").read_bytes() == before
+
+
+def test_names_that_some_systems_take_for_one_get_numbers():
+    files = [Path("a/X.wav"), Path("b/x.wav"), Path("c/x_2.wav")]
+    assert _distinct_names(files) == ["X", "x_2", "x_2_2"]
 
 
 def test_system_4_generates_too(tmp_path, folder):

@@ -23,6 +23,7 @@ def test_a_model_is_described(model, capsys, tmp_path):
 def test_every_kind_of_model_has_a_description(capsys, tmp_path):
     save(S4DAutoencoder(3000), tmp_path / "a")
     save(S4Model(3, 10, d_model=4, num_layers=2, layer="S4", d_state=8), tmp_path / "b")
+    save(S4DAutoencoder(3000), tmp_path / "a", training={"steps": 5})  # a record of somebody's own
     assert main(["info", str(tmp_path / "a")]) == 0
     assert "no, it normalizes over the whole clip" in capsys.readouterr().out
     assert main(["info", str(tmp_path / "b")]) == 0

@@ -1,7 +1,6 @@
 """Every wrong input ends in one clear sentence and a non-zero status, with nothing half-written."""
 
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import soundfile
 
 from s4audio import S4Model, load, save
 from s4audio.cli import main
-from tests.cli.commands import RECIPE, ROOT, refused
+from tests.cli.commands import RECIPE, ROOT, limit_files, refused
 
 
 def test_wrong_input_ends_in_a_sentence_and_status_2(capsys, model, folder, tmp_path):
@@ -29,7 +28,8 @@ def test_wrong_input_ends_in_a_sentence_and_status_2(capsys, model, folder, tmp_
     assert "--variation is 2.0" in refused(capsys, *generate, str(folder), "--variation", "2")
     assert "must be at least 1" in refused(capsys, *generate, "noise", "--num", "0")
     assert "--from noise there is none" in refused(capsys, *generate, "noise", "--variation", "0.5")
-    assert "--seconds positive" in refused(capsys, *generate, "noise", "--seconds", "inf")
+    for seconds in ("inf", "1e300", "0", "nan"):
+        assert "--seconds positive, at most 3600" in refused(capsys, *generate, "noise", "--seconds", seconds)
     assert not (tmp_path / "out").exists()
 
 
@@ -112,7 +112,7 @@ def test_a_full_disk_ends_a_training_in_a_sentence(folder, tmp_path, size):
         [sys.executable, "-m", "s4audio", "fit", "--config", RECIPE, "--data.init_args.train", str(folder),
             "--out", str(tmp_path / "run"), "--trainer.max_steps", "2", "--trainer.val_check_interval", "2"],
         capture_output=True, text=True, cwd=ROOT,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+        preexec_fn=lambda: limit_files(size),
     )  # fmt: skip
     assert run.returncode == 1 and "the disk is full" in run.stderr and "Traceback" not in run.stderr
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
@@ -120,3 +120,23 @@ def test_a_full_disk_ends_a_training_in_a_sentence(folder, tmp_path, size):
     for path in files:
         if path.name == "model.safetensors":
             load(path.parent)
+
+
+def test_ctrl_c_is_no_accident(monkeypatch, capsys, model):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["s4audio.cli.info"].checkpoint, "load", interrupted)
+    assert main(["info", str(model)]) == 130
+    assert capsys.readouterr().err == "s4audio: stopped; no file is half-written.\n"
+
+
+def test_a_terminal_that_lacks_letters_and_one_that_goes_away(model, folder, tmp_path):
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "s4audio", "reconstruct", str(model), str(folder / "tone0.wav"), "日本.wav"]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
+    assert run.returncode == 0 and b"\\u65e5\\u672c.wav" in run.stdout and (tmp_path / "日本.wav").exists()
+    if sys.platform != "win32":
+        line = f"{sys.executable} -u -m s4audio info {model} | head -n 1"
+        piped = subprocess.run(["sh", "-c", line], env=environment, capture_output=True, text=True)
+        assert piped.stdout.startswith("CausalAutoencoder") and piped.stderr == ""

@@ -1,6 +1,5 @@
 """A file through a model in blocks: as long as the input, at its level, and the same as all at once."""
 
-import resource
 import subprocess
 import sys
 
@@ -10,9 +9,9 @@ import soundfile
 import torch
 
 from s4audio import S4DAutoencoder, S4Model, load, save
-from s4audio.audio import read_audio
+from s4audio.audio import read_audio, read_blocks, write_blocks
 from s4audio.cli import main
-from tests.cli.commands import refused
+from tests.cli.commands import limit_files, refused
 
 
 @pytest.fixture
@@ -49,8 +48,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(capsys, model
     soundfile.write(tmp_path / "nan.wav", np.array([0.0] * 9000 + [np.nan], np.float32), 4000, subtype="FLOAT")
     (tmp_path / "empty.wav").write_bytes(b"")
     out = str(tmp_path / "new" / "out.wav")
-    status_1 = main(["reconstruct", str(tmp_path / "system4"), str(recording), out])
-    assert status_1 == 1 and "cannot stream" in capsys.readouterr().err
+    assert "cannot stream" in refused(capsys, "reconstruct", str(tmp_path / "system4"), str(recording), out)
     assert "needs an autoencoder" in refused(capsys, "reconstruct", str(tmp_path / "classifier"), str(recording), out)
     assert "is not a model" in refused(capsys, "reconstruct", str(tmp_path), str(recording), out)
     assert "1 samples that are not finite" in refused(capsys, "reconstruct", str(model), str(tmp_path / "nan.wav"), out)
@@ -68,9 +66,40 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(capsys, model
 @pytest.mark.skipif(sys.platform == "win32", reason="limits on the size of files are a Unix thing")
 def test_a_full_disk_ends_in_a_sentence_and_leaves_nothing(model, recording, tmp_path):
     """A limit on the size of files stands in for the full disk."""
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))  # noqa: E731
     command = [sys.executable, "-m", "s4audio", "reconstruct", str(model), str(recording), str(tmp_path / "new" / "out.wav")]
-    run = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+    run = subprocess.run(command, capture_output=True, text=True, preexec_fn=lambda: limit_files(5000))
     assert run.returncode == 1 and len(run.stderr.strip().splitlines()) == 1
     assert "out.wav: the disk is full" in run.stderr
     assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_blocks_go_out_while_blocks_come_in(model, recording, tmp_path, monkeypatch):
+    """The first block is written before the third is read: nothing collects the recording."""
+    events = []
+
+    def read(*arguments):
+        for number, block in enumerate(read_blocks(*arguments)):
+            events.append(f"read {number}")
+            yield block
+
+    def write(path, blocks, sample_rate):
+        def noted():
+            for number, block in enumerate(blocks):
+                events.append(f"write {number}")
+                yield block
+
+        return write_blocks(path, noted(), sample_rate)
+
+    monkeypatch.setattr(sys.modules["s4audio.cli.reconstruct"], "read_blocks", read)
+    monkeypatch.setattr(sys.modules["s4audio.cli.reconstruct"], "write_blocks", write)
+    assert main(["reconstruct", str(model), str(recording), str(tmp_path / "out.wav")]) == 0
+    scanned = events.index("read 0", 1)  # the first pass looks for the peak
+    assert events.index("write 0") < scanned + events[scanned:].index("read 2")
+
+
+def test_names_with_brackets_are_names(model, recording, tmp_path, capsys):
+    source = tmp_path / "song [live] [".replace("/", "")
+    recording.rename(source.with_suffix(".flac"))
+    assert main(["reconstruct", str(model), str(source.with_suffix(".flac")), str(tmp_path / "[b].wav")]) == 0
+    told = capsys.readouterr().out
+    assert "song [live] [.flac: 3.0 s" in told and "[b].wav: " in told

@@ -167,3 +167,6 @@ def test_each_stage_has_as_many_blocks_as_it_is_told():
     assert count(causal(widths=(4, 5, 6), num_blocks=2)) == {4: 4, 5: 4, 6: 4}
     with pytest.raises(ValueError, match="num_blocks has 2 entries and widths 3"):
         causal(num_blocks=(1, 1))
+    for none in (0, (0, 0, 0), (1, -1, 1)):
+        with pytest.raises(ValueError, match="wanted none below 0, and a block somewhere"):
+            causal(num_blocks=none)
