@@ -119,6 +119,8 @@ def curves_figure(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
         ylabel: what the values are.
         log: whether the values are drawn on a logarithmic scale.
     """
+    from matplotlib.ticker import LogLocator, NullLocator
+
     figure = _figure(4.4, 2.4)
     axis = figure.subplots()
     for colour, (name, (steps, values)) in zip((ACCENT, SECOND), curves.items(), strict=False):
@@ -126,9 +128,9 @@ def curves_figure(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
         axis.plot(steps, values, color=colour, label=name, linewidth=1.3, marker=marker, markersize=3)
     if log:
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
-        axis.tick_params(axis="y", which="minor", labelsize=7)
+        axis.yaxis.set_minor_locator(NullLocator())
     axis.set_xlabel("step")
     axis.set_ylabel(ylabel)
     axis.grid(axis="y")

@@ -111,8 +111,9 @@ def _reconstructions(model: Any, recordings: dict[str, Tensor], out: Path) -> tu
     )
     close = (
         "Means over the two clips. Beside the model stand two ways to say a second of sound in few numbers without "
-        f"learning: a low-pass that keeps the same {numbers:,} numbers, and the mean of each frame. The low-pass keeps the "
-        "loud low notes and loses everything above; the two spectral distances, lower is better, hear that."
+        f"learning: a low-pass that keeps the same {numbers:,} numbers, and the mean of each frame. Music is "
+        "loudest at the bottom of the spectrum, so keeping just that is hard to beat in SI-SDR; but the low-pass loses all "
+        "that is above, and sounds dull. The two spectral distances, lower is better, hear it."
     )
     limited = Clip(f"{title}: low-pass, as many numbers", ways["low-pass, as many numbers"](audio)[..., :length], rate)
     table = [("", "SI-SDR, higher is better", "log-spectral distance", "multi-resolution STFT", "in words"), *rows]
