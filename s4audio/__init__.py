@@ -2,9 +2,9 @@
 
 from s4audio.checkpoint import load, save
 from s4audio.layers import S4, S4D
-from s4audio.models import CausalAutoencoder, S4DAutoencoder, S4Model
+from s4audio.models import CausalAutoencoder, S4DAutoencoder, S4Model, stream_blocks
 from s4audio.ssm import backend
 
 __version__ = "0.1.0"
 
-__all__ = ["S4", "S4D", "CausalAutoencoder", "S4DAutoencoder", "S4Model", "backend", "load", "save"]
+__all__ = ["S4", "S4D", "CausalAutoencoder", "S4DAutoencoder", "S4Model", "backend", "load", "save", "stream_blocks"]

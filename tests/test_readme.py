@@ -32,7 +32,7 @@ def test_python_block_of_the_readme_runs(block):
     torch.manual_seed(0)
     names: dict = {}
     exec(compile(block, "README.md", "exec"), names)
-    torch.testing.assert_close(torch.cat(names["blocks"], dim=-1), names["again"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(names["streamed"], names["again"][0], rtol=0, atol=1e-5)
     assert names["latent"].shape == (1, 16, 1000)
 
 
@@ -48,9 +48,9 @@ def test_commands_of_the_readme_run_in_their_order(tmp_path, monkeypatch):
     ran = set()
     for command in COMMANDS:
         program, *arguments = shlex.split(command, comments=True)
-        if program != "s4audio" or arguments[0] == "demo" or "..." in arguments:  # the demo has a test of its own
+        if program != "s4audio" or arguments[0] == "demo":  # the demo has a test of its own
             continue
-        if "--help" in arguments[1:]:
+        if command in ("s4audio reconstruct", "s4audio generate", "s4audio info"):  # a verb in running text
             continue
         if arguments[0] == "fit":
             arguments += QUICK.split()
