@@ -7,6 +7,7 @@ import io
 import os
 import shutil
 import struct
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -241,6 +242,8 @@ def _in_a_sentence(path: Path) -> Iterator[None]:
     """Turns whatever a decoder raises into an AudioError."""
     if not path.is_file():
         raise AudioError(f"{path} does not exist." if not path.exists() else f"{path} is a folder; give an audio file.")
+    if path.stat().st_size == 0:
+        raise AudioError(f"{path} is an empty file.")
     try:
         yield
     except Exception as error:  # the decoders raise what they please; the reader of the message wants one sentence
@@ -252,7 +255,7 @@ def _check(path: Path, audio: Tensor) -> None:
         raise AudioError(f"{path} has {audio.shape[0]} channels; recordings of up to {MAX_CHANNELS} can be used.")
     finite = torch.isfinite(audio)
     if not finite.all():
-        raise AudioError(f"{path} holds {int((~finite).sum())} samples that are not finite numbers.")
+        raise AudioError(f"{path} holds samples that are not finite numbers ({int((~finite).sum())} of them).")
 
 
 def _resampled_length(length: int, from_rate: int, to_rate: int) -> int:
@@ -271,7 +274,9 @@ def _decode(path: Path) -> tuple[np.ndarray, int]:
             raise
     import librosa
 
-    samples, rate = librosa.load(path, sr=None, mono=False, dtype=np.float32)
+    with warnings.catch_warnings():  # that it falls back on another decoder is what we ask of it
+        warnings.simplefilter("ignore")
+        samples, rate = librosa.load(path, sr=None, mono=False, dtype=np.float32)
     return np.atleast_2d(samples), int(rate)
 
 

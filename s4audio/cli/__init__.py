@@ -27,7 +27,7 @@ HELP = """s4audio trains models of raw audio on a folder of recordings, and make
 A MODEL is a folder that training wrote, such as runs/NAME/best. `s4audio VERB --help` tells more about each.
 
 First steps: `s4audio demo`; then, with recordings of your own,
-  s4audio fit --config recipes/demo.yaml --data.init_args.train FOLDER --out runs/mine"""
+  s4audio fit --config recipes/demo.yaml --train FOLDER --out runs/mine"""
 
 VERBS: dict[str, Callable[[list[str]], int | None]] = {
     verb.__name__: verb for verb in (demo, fit, generate, reconstruct, info, doctor)

@@ -20,6 +20,7 @@ from s4audio.models import stream_blocks
 from s4audio.report import Clip, Section, write_page
 
 CLIP_SECONDS = 12.0
+TITLES = {"fur_elise_piano": "Für Elise", "spring_strings": "Spring"}
 
 
 def demo(arguments: list[str]) -> None:
@@ -46,11 +47,11 @@ def demo(arguments: list[str]) -> None:
     ])  # fmt: skip
     model: Any = checkpoint.load(run / "best")
     rate = model.sample_rate
-    recordings = {file.stem: normalize(read_audio(file, rate)[0], "peak") for file in find_audio(valid)}
+    recordings = {file.stem: read_audio(file, rate)[0] for file in find_audio(valid)}
 
     print("\n2 of 3: the two clips that it was not trained on, and noise", flush=True)
     heard, close = _reconstructions(model, recordings, out)
-    made = _inventions(model, next(iter(recordings.values())), out)
+    made = _inventions(model, *next(iter(recordings.items())), out)
     streamed = _streaming(model, run / "best", find_audio(valid)[0], out)
 
     print("\n3 of 3: the page", flush=True)
@@ -73,7 +74,7 @@ def demo(arguments: list[str]) -> None:
             Section("What to type next", commands=next_commands(model, run / "best")),
         ],
     )
-    print_table([row[:-1] for row in close.table])
+    print_table([(row[0], *row[2:]) for row in close.table])
     print(f"\n{time.monotonic() - began:.0f} s in all. Open {out / 'report.html'} in a browser; the sounds are in {out}.")
 
 
@@ -83,7 +84,7 @@ def _reconstructions(model: Any, recordings: dict[str, Tensor], out: Path) -> tu
     rate = model.sample_rate
     numbers = round(model.latent_channels * rate / model.hop_length)
     ways = {
-        "the model": lambda audio: model(audio.unsqueeze(0))[0],
+        "the model": lambda audio: audio.abs().max() * model(normalize(audio, "peak").unsqueeze(0))[0],
         "low-pass, as many numbers": lambda audio: band_limit(audio, rate, numbers),
         "mean of each frame": lambda audio: _frame_means(audio, model.hop_length),
     }
@@ -94,30 +95,32 @@ def _reconstructions(model: Any, recordings: dict[str, Tensor], out: Path) -> tu
         write_audio(out / f"{name}_input.wav", audio, rate)
         write_audio(out / f"{name}_reconstructed.wav", estimate, rate)
         length = round(CLIP_SECONDS * rate)
-        title = name.replace("_", " ").capitalize()
         clips += [
-            Clip(f"{title}: the recording", audio[..., :length], rate),
-            Clip(f"{title}: through the model", estimate[..., :length], rate),
+            Clip(f"{TITLES[name]}: the recording", audio[..., :length], rate),
+            Clip(f"{TITLES[name]}: through the model", estimate[..., :length], rate),
         ]
     for way, apply in ways.items():
-        pairs = [(apply(audio), audio) for audio in recordings.values()]
+        pairs = [(apply(audio), audio) for audio in (normalize(audio, "peak") for audio in recordings.values())]
         sdr = sum(si_sdr(e, r).item() for e, r in pairs) / len(pairs)
         spectral = sum(log_spectral_distance(e, r).item() for e, r in pairs) / len(pairs)
         stft = sum(multi_resolution_stft(e, r).item() for e, r in pairs) / len(pairs)
-        rows.append((way, f"{sdr:.1f} dB", f"{spectral:.1f} dB", f"{stft:.2f}", _in_words(sdr)))
-    heard = (
-        "First a clip that the model was not trained on, then what it makes of it. All clips are made by a small "
-        "synthesizer that comes with the project, so you may do with them what you like."
-    )
-    close = (
-        "Means over the two clips. Beside the model stand two ways to say a second of sound in few numbers without "
-        f"learning: a low-pass that keeps the same {numbers:,} numbers, and the mean of each frame. Music is "
-        "loudest at the bottom of the spectrum, so keeping just that is hard to beat in SI-SDR; but the low-pass loses all "
-        "that is above, and sounds dull. The two spectral distances, lower is better, hear it."
-    )
-    limited = Clip(f"{title}: low-pass, as many numbers", ways["low-pass, as many numbers"](audio)[..., :length], rate)
-    table = [("", "SI-SDR, higher is better", "log-spectral distance", "multi-resolution STFT", "in words"), *rows]
-    return Section("Listen", [heard], clips=clips), Section("How close is it?", [close], clips=[limited], table=table)
+        rows.append((way, _in_words(sdr), f"{sdr:.1f} dB", f"{spectral:.1f} dB", f"{stft:.2f}"))
+    heard = [
+        "First the beginning of a clip that the model was not trained on, then what the model makes of it. Listen for the "
+        "attack of the notes, the brightness, and a haze or hiss that was not there.",
+        "All clips are made by a small synthesizer that comes with the project: you may do with them what you like.",
+    ]
+    close = [
+        "SI-SDR compares the power of the sound with that of the error; the two distances compare spectra, as an ear does, "
+        "and lower is better. All are means over the two clips, whole.",
+        "Beside the model stand two ways to say a second of sound in few numbers without learning: a low-pass that keeps "
+        f"the same {numbers:,} numbers, and the mean of each frame of {model.hop_length} samples. Music is loudest at the "
+        "bottom of the spectrum, so keeping just that is hard to beat in SI-SDR; but the low-pass loses all that is above, "
+        "and sounds dull: the spectral distances hear it, and so may you.",
+    ]
+    limited = Clip(f"{TITLES[name]}: low-pass, as many numbers", band_limit(audio, rate, numbers)[..., :length], rate)
+    table = [("", "in words", "SI-SDR, higher is better", "log-spectral distance", "multi-resolution STFT distance"), *rows]
+    return Section("Listen", heard, clips=clips), Section("How close is it?", close, clips=[limited], table=table)
 
 
 def _frame_means(audio: Tensor, hop_length: int) -> Tensor:
@@ -133,22 +136,26 @@ def _in_words(sdr_db: float) -> str:
 
 
 @torch.no_grad()
-def _inventions(model: Any, audio: Tensor, out: Path) -> Section:
+def _inventions(model: Any, name: str, audio: Tensor, out: Path) -> Section:
     """A recording with noise in its latent, and noise alone."""
     rate = model.sample_rate
     audio = audio[..., : round(CLIP_SECONDS * rate)]
+    level = audio.abs().max()
     generator = torch.Generator().manual_seed(0)
     clips = {
         "variation": Clip(
-            "noise mixed into the latent of a clip (variation 0.3)", model.vary(audio[None], 0.3, generator)[0], rate
+            f"{TITLES[name]}: noise in the latent (variation 0.1)",
+            level * model.vary(normalize(audio, "peak").unsqueeze(0), 0.1, generator)[0],
+            rate,
         ),
-        "noise": Clip("a random latent", model.sample(1, round(5 * rate), generator=generator)[0], rate),
+        "noise": Clip("only noise in the latent", model.sample(1, round(5 * rate), generator=generator)[0], rate),
     }
     for name, clip in clips.items():
         write_audio(out / f"{name}.wav", clip.audio, rate)
     text = (
-        "The latent can be changed before it is decoded. Noise alone gives texture, not music: an autoencoder learns what a "
-        "latent means, and not which latents sound like music."
+        "The latent, the numbers that the model makes of a sound, can be changed before it is decoded. A little noise in it "
+        "is heard as the recording under a haze; noise alone gives texture, not music: an autoencoder learns what a latent "
+        "means, and not which latents sound like music."
     )
     return Section("From noise", [text], clips=list(clips.values()))
 
@@ -189,6 +196,6 @@ def _streaming(model: Any, path: Path, file: Path, out: Path) -> Section:
     return Section(
         "The same weights, as a stream",
         [text],
-        clips=[Clip("streamed in blocks", streamed[..., : round(CLIP_SECONDS * rate)], rate)],
+        clips=[Clip(f"{TITLES[file.stem]}: streamed in blocks", streamed[..., : round(CLIP_SECONDS * rate)], rate)],
         table=table,
     )

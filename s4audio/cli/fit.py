@@ -1,11 +1,13 @@
 """`s4audio fit`: trains what a recipe says, and writes a page about what came out."""
 
+import difflib
 import logging
 import re
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +21,29 @@ from s4audio.cli.info import describe, describe_training, memories
 from s4audio.files import replacing
 from s4audio.report import Clip, Section, curves_figure, poles_figure, write_page
 
+SHORT = {"--train": "--data.init_args.train", "--valid": "--data.init_args.valid", "--steps": "--trainer.max_steps"}
 HELP = """usage: s4audio fit --config RECIPE.yaml [--KEY VALUE ...]
 
-Trains what a recipe says. Everything in a recipe can be set on the command line by its path:
+Trains what a recipe says.
 
-  --data.init_args.train FOLDER        recordings to train on, in any format, searched in subfolders too
-  --data.init_args.valid FOLDER        recordings to score on; `null` sets some of the others aside
-  --out FOLDER                         the run folder; if it holds a run already, that run goes on
-  --trainer.max_steps N                length of the training
-  --trainer.accelerator cpu            the CPU, also where there is a GPU
-  --save_every N                       steps between checkpoints
-  --print_config                       the whole recipe as it would run, and nothing else
+  --train FOLDER               recordings to train on (WAV, FLAC, OGG, MP3; M4A with ffmpeg), searched in subfolders too
+  --valid FOLDER               recordings to score on; without it, some of the others are set aside
+  --out FOLDER                 the run folder; if it holds a run already, that run goes on
+  --steps N                    length of the training
+  --trainer.accelerator cpu    the CPU, also where there is a GPU
+  --save_every N               steps between checkpoints
+  --print_config               the whole recipe as it would run, and nothing else
+
+Everything in a recipe can be set by its path, as in --model.init_args.lr 0.001; the first two and --steps are short for
+--data.init_args.train, --data.init_args.valid and --trainer.max_steps.
 
 The run folder gets best and last (models), report.html (a page to see and hear), TensorBoard's files and the recipe.
 Ctrl-C stops; the same command goes on. `s4audio fit --help-all` lists every key that exists."""
 PAGE = "report.html"
+LISTEN = (
+    "First a recording that the model was not trained on (its first ten seconds), then what it makes of it. Listen for the "
+    "attack of the notes, the brightness, and a haze or hiss that was not there."
+)
 CLIP_SECONDS = 10.0
 
 
@@ -51,18 +61,18 @@ def fit(arguments: list[str]) -> None:
         print(HELP)
         return
     if not any(argument.startswith(("--config", "-c", "--help-all", "--print_config")) for argument in arguments):
-        raise ValueError(
-            "fit needs a recipe, for example: s4audio fit --config recipes/demo.yaml --data.init_args.train FOLDER"
-        )
+        raise ValueError("fit needs a recipe, for example: s4audio fit --config recipes/demo.yaml --train FOLDER")
     try:
-        cli = _recipe_cli(["--help" if a == "--help-all" else _shipped_recipe(a) for a in arguments])
+        cli = _recipe_cli(_in_full(arguments))
     except (MisconfigurationException, ImportError) as error:  # ImportError: hardware whose own package is missing
         raise ValueError(f"the trainer refuses the recipe: {error}") from error
     out, data, resume = Path(cli.config["out"]), cli.training, Path(cli.config["out"]) / TRAINER_CHECKPOINT
+    train_files = _count(data["train_files"], "file")
     print(
-        f"data: {data['train_files']} files ({_duration(data['train_seconds'])}) to train on, {data['valid_files']} "
-        f"({_duration(data['valid_seconds'])}) held out, {len(data['skipped'])} skipped, at {data['sample_rate']} Hz"
+        f"data: {train_files} ({_duration(data['train_seconds'])}) to train on, {data['valid_files']} "
+        f"({_duration(data['valid_seconds'])}) held out, {len(data['skipped'])} skipped; mono at {data['sample_rate']} Hz"
     )
+    print(f"held out: {', '.join(Path(name).name for name in cli.datamodule.valid_names[:5])}")
     for sentence in data["skipped"]:
         print(f"skipped: {sentence}")
     recipe = yaml.safe_load(cli.parser.dump(cli.config, skip_validation=True))
@@ -70,11 +80,13 @@ def fit(arguments: list[str]) -> None:
         steps = _steps_of(resume)
         _refuse_another_recipe(recipe, out / "recipe.yaml")
         print(f"{out} holds a run of {steps} steps; going on from there to {cli.trainer.max_steps}.")
-        if 0 < cli.trainer.max_steps <= steps:
+        if 0 <= cli.trainer.max_steps <= steps:
             print("It is finished; nothing was changed. A larger --trainer.max_steps extends it.")
             if not (out / PAGE).exists():
-                _write_run_page(out, cli.datamodule.valid_clips)
+                _write_run_page(out, cli.datamodule)
             return
+    elif out.is_dir() and any(out.iterdir()) and not (out / "recipe.yaml").exists():
+        raise ValueError(f"{out} holds files that are no run of s4audio; choose a new folder with --out.")
     with replacing(out / "recipe.yaml") as file:
         file.write(yaml.safe_dump(recipe, sort_keys=False).encode())
     try:
@@ -84,15 +96,16 @@ def fit(arguments: list[str]) -> None:
         raise ValueError(f"the trainer refuses the recipe: {error}") from error
     except SystemExit:  # what Lightning makes of Ctrl-C, after the run folder has saved
         print(f"\nstopped at step {cli.trainer.global_step} and saved {out / 'last'}; the same command goes on from there.")
+        print(f"listen:   s4audio generate {out / 'last'} --from MY_RECORDING.wav")
         raise SystemExit(130) from None
-    _write_run_page(out, cli.datamodule.valid_clips)
+    _write_run_page(out, cli.datamodule)
     best = checkpoint.read_config(out / "best")["training"]
     validated = "valid/loss" in best["scores"]
     chosen = f"step {best['steps']}, best on the held-out clips" if validated else "not scored on held-out clips"
     print(f"\nmodel:    {out / 'best'} ({chosen}) and {out / 'last'}")
     print(f"page:     {out / PAGE}, to open in a browser")
     print(f"curves:   tensorboard --logdir {out}")
-    print(f"generate: s4audio generate {out / 'best'} --from noise --num 4 --seconds 10 --out generated")
+    print(f"listen:   s4audio generate {out / 'best'} --from MY_RECORDING.wav")
 
 
 @contextmanager
@@ -111,33 +124,31 @@ def _quiet_threads() -> Iterator[None]:
         threading.excepthook = before
 
 
-def _write_run_page(out: Path, held_out: list[Tensor]) -> None:
+def _write_run_page(out: Path, data: Any) -> None:
     lead = "A model of raw audio, and what it makes of recordings that it was not trained on."
+    held_out = dict(zip(data.valid_names, data.valid_clips, strict=True))
     write_page(out / PAGE, f"The run {out.name}", lead, run_sections(out, held_out))
 
 
 @torch.no_grad()
-def run_sections(out: Path, held_out: list[Tensor]) -> list[Section]:
+def run_sections(out: Path, held_out: dict[str, Tensor]) -> list[Section]:
     """What a finished run has to show: sounds, figures, curves, poles and what to type next.
 
     Args:
         out: the run folder.
-        held_out: recordings (1, T) at the model's rate and level.
+        held_out: name -> recording (1, T) at the model's rate and level.
     """
     model: Any = checkpoint.load(out / "best")
     training, rate = checkpoint.read_config(out / "best")["training"], model.sample_rate
     clips = []
-    for number, audio in enumerate(held_out[:2], start=1):
-        audio = audio[..., : round(CLIP_SECONDS * rate)]
-        clips += [
-            Clip(f"recording {number}, not trained on", audio, rate),
-            Clip(f"recording {number} through the model", model(audio.unsqueeze(0))[0], rate),
-        ]
+    for path, audio in list(held_out.items())[:2]:
+        audio, name = audio[..., : round(CLIP_SECONDS * rate)], Path(path).name
+        clips += [Clip(name, audio, rate), Clip(f"{name} through the model", model(audio.unsqueeze(0))[0], rate)]
     generator = torch.Generator().manual_seed(0)
     sample = model.sample(1, round(CLIP_SECONDS / 2 * rate), generator=generator)[0]
     facts = [("", ""), *describe(model), *describe_training(training)]
     return [
-        Section("Listen", ["First a recording that the model was not trained on, then what it makes of it."], clips=clips),
+        Section("Listen", [LISTEN], clips=clips),
         Section(
             "From noise", ["An autoencoder learns what a latent means, not which latents sound like music: expect texture."],
             clips=[Clip("a random latent", sample, rate)],
@@ -173,10 +184,10 @@ def memory_section(model: torch.nn.Module) -> Section:
 def next_commands(model: torch.nn.Module, path: Path) -> list[tuple[str, str]]:
     """What to do with a model in a folder, and how."""
     commands = [
-        ("Hear variations of a recording:", f"s4audio generate {path} --from MY_RECORDING.wav --variation 0.3"),
+        ("Hear a recording with noise in its latent:", f"s4audio generate {path} --from MY_RECORDING.wav --variation 0.1"),
         ("Look inside:", f"s4audio info {path}"),
         ("Train on recordings of your own:",
-            "s4audio fit --config recipes/demo.yaml --data.init_args.train MY_RECORDINGS --out runs/mine"),
+            "s4audio fit --config recipes/demo.yaml --train MY_RECORDINGS --out runs/mine"),
     ]  # fmt: skip
     if hasattr(model, "stream"):
         streamed = f"s4audio reconstruct {path} MY_RECORDING.wav out.wav"
@@ -196,12 +207,39 @@ def read_curves(out: Path) -> dict[str, tuple[list[int], list[float]]]:
     return curves
 
 
-def _shipped_recipe(argument: str) -> str:
-    """A recipe's path, or that of the one of this name that comes with the package, if there is no such file here."""
-    option, equals, value = argument.rpartition("=")
-    if option in ("", "--config", "-c") and value.startswith("recipes/") and not Path(value).exists():
-        return option + equals + str(shipped(value))
-    return argument
+def _in_full(arguments: list[str]) -> list[str]:
+    """The arguments with short options spelled out and the recipe's path where it really is.
+
+    Raises:
+        ValueError: there is no such recipe, or it is no text.
+    """
+    full: list[str] = []
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if full and full[-1] in ("--config", "-c"):
+            argument = str(_recipe_file(argument))
+        elif option in ("--config", "-c") and equals:
+            argument = f"{option}={_recipe_file(value)}"
+        elif option in SHORT:
+            argument = SHORT[option] + equals + value
+        full.append("--help" if argument == "--help-all" else argument)
+    return full
+
+
+def _recipe_file(name: str) -> Path:
+    """The recipe, or the one of this name that comes with the package if there is no such file here."""
+    path = Path(name)
+    if not path.exists():
+        recipes = shipped("recipes")
+        path = recipes / path.name
+        if not path.exists():
+            known = ", ".join(f"recipes/{file.name}" for file in sorted(recipes.glob("*.yaml")))
+            raise ValueError(f"{name} does not exist; the recipes that come with s4audio are {known}.")
+    try:
+        path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is no recipe: it is not a text file.") from error
+    return path
 
 
 def _recipe_cli(arguments: list[str]) -> Any:
@@ -231,6 +269,8 @@ def _recipe_cli(arguments: list[str]) -> Any:
                 raise ValueError(f"save_every is {self.config['save_every']}; wanted at least 1 step.")
             if trainer["devices"] not in (1, "1", "auto"):
                 raise ValueError(f"trainer.devices is {trainer['devices']}; this version trains on one device.")
+            if 0 < trainer["max_steps"] < (trainer["val_check_interval"] or 0):
+                trainer["val_check_interval"] = trainer["max_steps"]  # a short run is scored too, at its end
             if trainer["logger"] is not None:
                 raise ValueError("trainer.logger is set; a run always writes TensorBoard files into its folder.")
             try:
@@ -267,7 +307,7 @@ def _recipe_cli(arguments: list[str]) -> Any:
             parser_kwargs={"exit_on_error": False, "prog": "s4audio fit"},
         )  # fmt: skip
     except jsonargparse.ArgumentError as error:
-        raise ValueError(f"the recipe or an option is refused: {_innermost(error)}") from error
+        raise ValueError(f"the recipe or an option is refused: {_innermost(error)}{_hint(error, arguments)}") from error
 
 
 def _duration(seconds: float) -> str:
@@ -314,6 +354,29 @@ def _first_difference(before: Any, now: Any, key: str) -> str | None:
     return None if before == now else key
 
 
+def _hint(error: BaseException, arguments: list[str]) -> str:
+    """A key of the recipe that is spelled like the one that was refused."""
+    refused = re.search(r"Option '([^']+)' is not accepted|unrecognized arguments: --(\w+)", _innermost(error))
+    recipe = next(
+        (a.partition("=")[2] or b for a, b in pairwise([*arguments, ""]) if a.startswith(("--config", "-c"))), None
+    )
+    if not refused or not recipe:
+        return ""
+    word = (refused[1] or refused[2]).split(".")[0]
+    near = difflib.get_close_matches(word, [*_keys(yaml.safe_load(Path(recipe).read_text())), "valid", "steps"], 1)
+    return f"; did you mean {near[0]}?" if near and near[0] != word else ""
+
+
+def _keys(recipe: Any) -> list[str]:
+    if not isinstance(recipe, dict):
+        return []
+    return [*recipe, *(key for value in recipe.values() for key in _keys(value))]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 def _innermost(error: BaseException) -> str:
     """What was wrong, from under the alternatives that jsonargparse tried as well, with the key if it names one."""
     key = ""
@@ -322,5 +385,6 @@ def _innermost(error: BaseException) -> str:
         key = named[1] if named else key
         cause = error.__cause__ or error.__context__
         if cause is None:
-            return f"{key}: {error}" if key and str(error).startswith("Expected") else str(error)
+            said = str(error).replace("a <class 'int'>", "a whole number").replace("a <class 'float'>", "a number")
+            return f"{key}: {said}" if key and said.startswith("Expected") else said
         error = cause

@@ -14,16 +14,18 @@ from s4audio import checkpoint
 from s4audio.audio import NORMALIZATIONS, AudioError, find_audio, normalize, read_audio, write_audio
 from s4audio.cli.arguments import Parser, load_autoencoder
 
+LEVELS = {"none": "their own level", "peak": "a peak of full scale, and its output is brought back to theirs"}
+
 
 def generate(arguments: list[str]) -> None:
     """Writes audio made by a model, with a picture of each clip."""
     parser = Parser(prog="s4audio generate", description="Make audio from noise or from recordings.")
     parser.add_argument("model", help="model folder, such as runs/NAME/best")
     parser.add_argument("--from", dest="source", required=True, metavar="noise|FILE|FOLDER", help="what to start from")
-    parser.add_argument("--num", type=int, default=4, help="clips to make from noise (default 4)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="length of a clip made from noise (default 10)")
+    parser.add_argument("--num", type=int, help="clips to make from noise (default 4)")
+    parser.add_argument("--seconds", type=float, help="length of a clip made from noise (default 10)")
     parser.add_argument(
-        "--variation", type=float, default=0.0, help="0 (default) reconstructs; up to 1, more noise in the latent"
+        "--variation", type=float, default=0.0, help="noise mixed into the latent: 0 (default), only reconstructs, to 1"
     )
     parser.add_argument("--normalize", choices=NORMALIZATIONS, help="level of the recordings; default: as in training")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same clips (default 0)")
@@ -31,6 +33,9 @@ def generate(arguments: list[str]) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--out", default="generated", help="folder for the WAV and PNG files (default generated)")
     args = parser.parse_args(arguments)
+    if args.source != "noise" and (args.num is not None or args.seconds is not None):
+        raise ValueError("--num and --seconds are for --from noise; a recording gives one clip, as long as it is.")
+    args.num, args.seconds = 4 if args.num is None else args.num, 10.0 if args.seconds is None else args.seconds
     if args.num < 1 or args.batch_size < 1 or args.seed < 0 or not 0 < args.seconds <= 3600:
         raise ValueError("--num and --batch-size must be at least 1, --seconds positive, at most 3600, --seed not negative.")
     if not 0 <= args.variation <= 1:
@@ -71,7 +76,7 @@ def _from_recordings(model: Any, args: argparse.Namespace, files: list[Path], ho
     for target in (out / f"{name}.wav" for name in names):
         if target.exists() and any(target.samefile(file) for file in files):
             raise ValueError(f"{target} is a recording to read and would be overwritten; choose another --out.")
-    print(f"{len(files)} recordings, mono at {model.sample_rate} Hz, level: {'as they are' if how == 'none' else how}")
+    print(f"{len(files)} to read, as mono at {model.sample_rate} Hz; the model hears them at {LEVELS[how]}")
     seconds, failures = 0.0, []
     for index, (file, name) in enumerate(zip(files, names, strict=True)):
         try:
@@ -82,8 +87,10 @@ def _from_recordings(model: Any, args: argparse.Namespace, files: list[Path], ho
             failures.append(str(error))
             print(f"skipped: {error}", file=sys.stderr)
             continue
-        audio = normalize(audio, how)
-        estimate = model.vary(audio.unsqueeze(0).to(args.device), args.variation, [_generator(args.seed, index)])[0].cpu()
+        heard = normalize(audio, how)
+        estimate = model.vary(heard.unsqueeze(0).to(args.device), args.variation, [_generator(args.seed, index)])[0].cpu()
+        if heard.abs().max() > 0:
+            estimate = estimate * (audio.abs().max() / heard.abs().max())  # back at the level of the recording
         title = "output, reconstructed" if args.variation == 0 else f"output, variation {args.variation:g}"
         _write(out, name, {"input": audio, title: estimate}, model.sample_rate)
         seconds += audio.shape[-1] / model.sample_rate

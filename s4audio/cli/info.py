@@ -95,7 +95,9 @@ def describe_training(training: dict[str, Any]) -> list[tuple[str, str]]:
     ]  # fmt: skip
     held_out = {k.removeprefix("valid/"): v for k, v in training.get("scores", {}).items() if k.startswith("valid/")}
     if held_out:
-        lines.append(("held out", ", ".join(f"{name} {value:.4g}" for name, value in held_out.items())))
+        clip = training.get("clip_seconds")
+        what = f"in clips of {clip:g} s" if clip else "whole files"
+        lines.append(("held out", ", ".join(f"{name} {value:.4g}" for name, value in held_out.items()) + f" ({what})"))
     return lines
 
 

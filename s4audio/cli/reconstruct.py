@@ -40,7 +40,8 @@ def reconstruct(arguments: list[str]) -> None:
     level = checkpoint.read_config(args.model)["training"].get("normalize", "none")
     num_samples, peak = _scan(source, model.sample_rate)
     scale = peak if level == "peak" and peak > 0 else 1.0
-    print(f"{source}: {num_samples / model.sample_rate:.1f} s, mono at {model.sample_rate} Hz", flush=True)
+    seconds, replaced = num_samples / model.sample_rate, target.exists()
+    print(f"{source}: {seconds:.1f} s, taken as mono at {model.sample_rate} Hz", flush=True)
     started = time.monotonic()
     with Progress(disable=not sys.stdout.isatty(), transient=True) as bar:
         row = bar.add_task("reconstructing", total=num_samples)
@@ -54,8 +55,8 @@ def reconstruct(arguments: list[str]) -> None:
         clipped = write_blocks(target, blocks, model.sample_rate)
     took = time.monotonic() - started
     note = f"; {clipped} samples beyond full scale were clipped" if clipped else ""
-    speed = num_samples / model.sample_rate / took
-    print(f"{target}: {took:.1f} s, {speed:.1f} times real time{note}")
+    older = " in the place of an older file" if replaced else ""
+    print(f"{target}: written{older} in {took:.1f} s, {seconds / took:.1f} times real time{note}")
 
 
 def _scan(path: Path, sample_rate: int) -> tuple[int, float]:

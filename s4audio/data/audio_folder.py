@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from s4audio.audio import NORMALIZATIONS, AudioError, find_audio, normalize, read_audio
 
+SHORTEST_SECONDS = 0.01  # what is shorter is no recording
+
 
 class AudioFolder(lightning.LightningDataModule):
     """Mono clips from a folder of audio files, searched recursively; every file is read once and kept in memory.
@@ -24,8 +26,8 @@ class AudioFolder(lightning.LightningDataModule):
     Args:
         train: folder (or one file) to train on.
         sample_rate: in Hz; files at other rates are resampled.
-        valid: folder to validate on; None splits files off `train`.
-        valid_fraction: share of the training files that is split off if `valid` is None (at least one file).
+        valid: folder to validate on; None splits files off `train`, or the end off its only file.
+        valid_fraction: share of the training files, or of the only one, that is split off if `valid` is None.
         clip_seconds: length of a clip, drawn at a random place of the file; a shorter file is padded with zeros at its end,
             never dropped. None takes whole files, each batch padded to its longest.
         batch_size: clips in a batch.
@@ -35,7 +37,7 @@ class AudioFolder(lightning.LightningDataModule):
 
     Raises:
         ValueError: an argument outside its range.
-        AudioError: a folder is missing, or holds no file that can be read; or no two files are left to split.
+        AudioError: a folder is missing, or holds no file that can be used.
     """
 
     def __init__(
@@ -65,20 +67,24 @@ class AudioFolder(lightning.LightningDataModule):
         self.clip_samples = None if clip_seconds is None else max(1, round(clip_seconds * sample_rate))
         self.train_clips: list[Tensor] = []
         self.valid_clips: list[Tensor] = []
+        self.valid_names: list[str] = []
         self.skipped: list[str] = []
 
     def setup(self, stage: str | None = None) -> None:
         """Finds, splits and reads the files, once."""
         if self.train_clips:
             return
-        train_files = _find("train", self.train)
+        train = self._read(_find("train", self.train))
         if self.valid is not None:
-            valid_files = _find("valid", self.valid)
+            valid = self._read(_find("valid", self.valid))
+        elif len(train) > 1:
+            train, valid = split_files(train, self.valid_fraction, self.seed)
         else:
-            train_files, valid_files = split_files(train_files, self.valid_fraction, self.seed)
-        self.train_clips, skipped_train = self._read(train_files)
-        self.valid_clips, skipped_valid = self._read(valid_files)
-        self.skipped = skipped_train + skipped_valid
+            ((name, audio),) = train.items()
+            kept = max(1, round((1 - self.valid_fraction) * audio.shape[-1]))
+            train, valid = {name: audio[..., :kept]}, {f"the end of {name}": audio[..., kept:]}
+        self.train_clips, self.valid_clips = list(train.values()), list(valid.values())
+        self.valid_names = list(valid)
 
     def describe(self) -> dict[str, object]:
         """What was read, for people and for config.json; seconds are after resampling."""
@@ -112,18 +118,25 @@ class AudioFolder(lightning.LightningDataModule):
             persistent_workers=self.num_workers > 0,
         )  # fmt: skip
 
-    def _read(self, files: list[Path]) -> tuple[list[Tensor], list[str]]:
-        clips, skipped = [], []
+    def _read(self, files: list[Path]) -> dict[str, Tensor]:
+        """Name and samples of each file that can be used; why the others cannot goes to `skipped`."""
+        clips: dict[str, Tensor] = {}
+        skipped: list[str] = []
         for file in files:
             try:
                 audio, _ = read_audio(file, self.sample_rate)
+                if audio.shape[-1] < SHORTEST_SECONDS * self.sample_rate:
+                    raise AudioError(f"{file} is shorter than {SHORTEST_SECONDS} s.")
+                if not audio.any():
+                    raise AudioError(f"{file} is silent.")
             except AudioError as error:
                 skipped.append(str(error))
             else:
-                clips.append(normalize(audio, self.normalize))
+                clips[str(file)] = normalize(audio, self.normalize)
         if not clips:
-            raise AudioError(f"none of the {len(files)} audio files could be read; the first: {skipped[0]}")
-        return clips, skipped
+            raise AudioError(f"none of the {len(files)} audio files can be used; the first: {skipped[0]}")
+        self.skipped += skipped
+        return clips
 
 
 def _find(argument: str, folder: str) -> list[Path]:
@@ -133,20 +146,13 @@ def _find(argument: str, folder: str) -> list[Path]:
         raise AudioError(f"{argument}: {error}") from error
 
 
-def split_files(files: list[Path], valid_fraction: float, seed: int) -> tuple[list[Path], list[Path]]:
-    """Training and validation files, by a seeded shuffle; never a part of a file in each.
-
-    Raises:
-        AudioError: there are fewer than two files.
-    """
-    if len(files) < 2:
-        raise AudioError(
-            f"train: {files[0]} is the only audio file; give a second one, or a `valid` folder, to validate on."
-        )
+def split_files(files: dict[str, Tensor], valid_fraction: float, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Training and validation files, two or more, by a seeded shuffle; never a part of a file in each."""
     num_valid = min(max(1, round(valid_fraction * len(files))), len(files) - 1)
     order = np.random.default_rng([seed, 0]).permutation(len(files))
     chosen = set(order[:num_valid].tolist())
-    return [f for i, f in enumerate(files) if i not in chosen], [f for i, f in enumerate(files) if i in chosen]
+    train = {name: audio for i, (name, audio) in enumerate(files.items()) if i not in chosen}
+    return train, {name: audio for i, (name, audio) in enumerate(files.items()) if i in chosen}
 
 
 def pad_batch(clips: list[Tensor]) -> Tensor:

@@ -1,6 +1,7 @@
 """Training by a recipe: reproducible, resumable, and clear when something is wrong."""
 
 import json
+import re
 import types
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import yaml
 
 from s4audio import S4DAutoencoder, save
 from s4audio.checkpoint import read_config
+from s4audio.cli import main
 from s4audio.tasks.callbacks import RunFolder
 from s4audio.tasks.generative import DivergenceError, GenerativeTask
 from tests.cli.commands import RECIPE, fit, refused
@@ -138,7 +140,7 @@ def test_a_run_goes_on_only_as_it_began(folder, tmp_path, capsys):
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_without_validation_best_is_the_last(folder, tmp_path):
     for steps in ("1", "3"):
-        assert fit(folder, tmp_path / "run", "--trainer.max_steps", steps, "--trainer.val_check_interval", "100") == 0
+        assert fit(folder, tmp_path / "run", "--trainer.max_steps", steps, "--trainer.limit_val_batches", "0") == 0
         assert (tmp_path / "run" / "best" / "model.safetensors").read_bytes() == weights(tmp_path / "run")
 
 
@@ -170,6 +172,18 @@ def test_wrong_recipes_end_in_a_sentence_and_status_2(capsys, folder, tmp_path):
     )
     assert "train: " in missing and "does not exist" in missing
     assert "fit needs a recipe" in refused(capsys, "fit")
+    assert "no.yaml does not exist; the recipes that come with s4audio are" in refused(capsys, "fit", "--config", "no.yaml")
+    assert "is no recipe: it is not a text file" in refused(capsys, "fit", "--config", str(folder / "tone0.wav"))
+    assert "'trian' is not accepted; did you mean train?" in refused(
+        capsys, "fit", "--config", RECIPE, "--data.init_args.trian", "x"
+    )
+    assert "--trian x; did you mean train?" in refused(capsys, "fit", "--config", RECIPE, "--trian", "x")
+    assert "wanted a whole number" in refused(capsys, "fit", "--config", RECIPE, "--steps", "lots").replace(
+        "Expected", "wanted"
+    )
+    assert "holds files that are no run" in refused(
+        capsys, "fit", "--config", RECIPE, "--train", str(folder), "--out", str(folder)
+    )
     fit_here = ["fit", "--config", RECIPE, "--data.init_args.train", str(folder), "--out", str(tmp_path / "run")]
     assert "the trainer refuses" in refused(capsys, *fit_here, "--trainer.accelerator", "tpu")
     assert not (tmp_path / "run").exists()
@@ -181,3 +195,13 @@ def test_divergence_stops_with_the_step_and_the_term():
         task.total_loss({"mse": torch.tensor(float("nan"))})
     with pytest.raises(ValueError, match=r"loss_weights names \['stft'\], but the model has the losses \['mse'\]"):
         GenerativeTask(S4DAutoencoder(3000), loss_weights={"stft": 1.0}).total_loss({"mse": torch.tensor(1.0)})
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_short_run_is_scored_and_short_options_are_understood(folder, tmp_path, capsys):
+    options = ["--train", str(folder), "--steps=3", "--out", str(tmp_path / "run"), "--trainer.val_check_interval", "100"]
+    assert main(["fit", "--config=recipes/debug.yaml", *options]) == 0
+    told = capsys.readouterr().out
+    assert "step 3: held out: si_sdr_db" in told and "best on the held-out clips" in told
+    held_out = re.search(r"held out: (tone\d\.wav)", told)
+    assert held_out and f"{held_out[1]} through the model" in (tmp_path / "run" / "report.html").read_text()

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from s4audio import S4DAutoencoder, save
+from s4audio import S4DAutoencoder, load, save
+from s4audio.audio import normalize, read_audio
 from s4audio.cli import main
 from s4audio.cli.generate import _distinct_names
 from tests.cli.commands import refused, wav
@@ -57,9 +59,14 @@ def test_recordings_come_at_the_level_of_training_unless_told(model, folder, tmp
     for out, options in (("trained", []), ("peak", ["--normalize", "peak"]), ("none", ["--normalize", "none"])):
         arguments = ["generate", str(model), "--from", str(folder / "tone0.wav"), "--out", str(tmp_path / out)]
         assert main([*arguments, *options]) == 0
-        assert ("as they are" in capsys.readouterr().out) == (out == "none")
+        assert ("hears them at their own level" in capsys.readouterr().out) == (out == "none")
     trained, peak, none = (wav(tmp_path / out / "tone0_reconstructed.wav") for out in ("trained", "peak", "none"))
     assert np.array_equal(trained, peak) and not np.array_equal(peak, none)
+    original, _ = read_audio(folder / "tone0.wav", 4000)
+    network = load(model)
+    with torch.no_grad():  # the output is back at the level of the recording
+        wanted = network(normalize(original, "peak").unsqueeze(0))[0, 0] * original.abs().max()
+    assert np.abs(peak / 32767 - wanted.numpy()).max() < 1e-4
 
 
 def test_files_of_one_name_do_not_overwrite_each_other(model, folder, tmp_path):
@@ -93,3 +100,9 @@ def test_system_4_generates_too(tmp_path, folder):
     save(S4DAutoencoder(3000), tmp_path / "model")
     assert main(["generate", str(tmp_path / "model"), "--from", "noise", "--num", "1", "--out", str(tmp_path / "a")]) == 0
     assert len(wav(tmp_path / "a" / "noise_0_000.wav")) == 30_000
+
+
+def test_options_of_noise_are_refused_with_a_recording(capsys, model, folder):
+    for option in (["--num", "2"], ["--seconds", "3"]):
+        error = refused(capsys, "generate", str(model), "--from", str(folder / "tone0.wav"), *option)
+        assert "--num and --seconds are for --from noise" in error

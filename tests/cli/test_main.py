@@ -54,7 +54,7 @@ def test_recordings_that_cannot_be_used_are_named_and_nothing_is_trained(capsys,
         make(tmp_path / "bad" / name)
     run = str(tmp_path / "run")
     error = refused(capsys, "fit", "--config", RECIPE, "--data.init_args.train", str(tmp_path / "bad"), "--out", run)
-    assert "none of the" in error and "audio files could be read" in error
+    assert "none of the" in error and "audio files can be used" in error
     (tmp_path / "none").mkdir()
     error = refused(capsys, "fit", "--config", RECIPE, "--data.init_args.train", str(tmp_path / "none"), "--out", run)
     assert "holds no audio file" in error and not (tmp_path / "run").exists()

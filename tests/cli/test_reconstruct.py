@@ -35,6 +35,12 @@ def test_blocks_give_what_the_model_gives_at_once(model, recording, tmp_path):
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4)
 
 
+def test_an_older_file_is_replaced_and_that_is_said(model, recording, tmp_path, capsys):
+    for told in ("out.wav: written in ", "out.wav: written in the place of an older file in "):
+        assert main(["reconstruct", str(model), str(recording), str(tmp_path / "out.wav")]) == 0
+        assert told in capsys.readouterr().out
+
+
 def test_silence_and_a_single_sample_come_through(model, tmp_path):
     for name, samples in (("silence", np.zeros(9000)), ("one", np.ones(1) * 0.5)):
         soundfile.write(tmp_path / f"{name}.wav", samples, 4000)
@@ -51,8 +57,10 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(capsys, model
     assert "cannot stream" in refused(capsys, "reconstruct", str(tmp_path / "system4"), str(recording), out)
     assert "needs an autoencoder" in refused(capsys, "reconstruct", str(tmp_path / "classifier"), str(recording), out)
     assert "is not a model" in refused(capsys, "reconstruct", str(tmp_path), str(recording), out)
-    assert "1 samples that are not finite" in refused(capsys, "reconstruct", str(model), str(tmp_path / "nan.wav"), out)
-    assert "cannot be read as audio" in refused(capsys, "reconstruct", str(model), str(tmp_path / "empty.wav"), out)
+    assert "samples that are not finite numbers (1 of them)" in refused(
+        capsys, "reconstruct", str(model), str(tmp_path / "nan.wav"), out
+    )
+    assert "is an empty file" in refused(capsys, "reconstruct", str(model), str(tmp_path / "empty.wav"), out)
     assert "does not exist" in refused(capsys, "reconstruct", str(model), str(tmp_path / "no.wav"), out)
     assert "is a folder" in refused(capsys, "reconstruct", str(model), str(tmp_path), out)
     assert "is not the name of a WAV file" in refused(capsys, "reconstruct", str(model), str(recording), out + ".mp3")

@@ -78,15 +78,39 @@ def test_whole_files_are_padded_to_the_longest_of_the_batch(folder):
 
 
 def test_split_is_by_file_seeded_and_never_empty(folder):
-    files = sorted(folder.rglob("*.wav"))
-    train, valid = split_files(files, 0.5, seed=0)
-    assert sorted(train + valid) == files and len(valid) == 2
-    assert split_files(files, 0.5, seed=0) == (train, valid)
-    assert any(split_files(files, 0.5, seed=s) != (train, valid) for s in range(1, 5))
-    assert [len(part) for part in split_files(files, 0.001, 0)] == [3, 1]
-    assert [len(part) for part in split_files(files, 0.999, 0)] == [1, 3]
-    with pytest.raises(AudioError, match="is the only audio file"):
-        split_files(files[:1], 0.1, 0)
+    files = {str(path): torch.zeros(1, 1) for path in sorted(folder.rglob("*.wav"))}
+
+    def names(fraction: float, seed: int) -> tuple[list[str], list[str]]:
+        train, valid = split_files(files, fraction, seed)
+        return list(train), list(valid)
+
+    train, valid = names(0.5, 0)
+    assert sorted(train + valid) == list(files) and len(valid) == 2
+    assert names(0.5, 0) == (train, valid)
+    assert any(names(0.5, seed) != (train, valid) for seed in range(1, 5))
+    assert [len(part) for part in names(0.001, 0)] == [3, 1]
+    assert [len(part) for part in names(0.999, 0)] == [1, 3]
+
+
+def test_the_end_of_an_only_file_is_held_out(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.linspace(0.1, 0.9, 1000), 1000, subtype="FLOAT")
+    data = AudioFolder(str(tmp_path), 1000, valid_fraction=0.2)
+    data.setup()
+    assert [clip.shape[-1] for clip in data.train_clips + data.valid_clips] == [800, 200]
+    assert data.valid_clips[0].min() > data.train_clips[0].max()
+    assert data.valid_names == [f"the end of {tmp_path / 'a.wav'}"]
+
+
+def test_silent_and_tiny_files_are_skipped_and_named(folder):
+    soundfile.write(folder / "silent.wav", np.zeros(500), 1000)
+    soundfile.write(folder / "tiny.wav", 0.5 * np.ones(9), 1000)
+    data = AudioFolder(str(folder), 1000)
+    data.setup()
+    assert data.describe()["train_files"] == 3 and data.describe()["valid_files"] == 1
+    assert ["silent.wav is silent." in data.skipped[0], "tiny.wav is shorter than 0.01 s." in data.skipped[1]] == [
+        True,
+        True,
+    ]
 
 
 @pytest.mark.parametrize(("length", "expected"), [(1, 1), (100, 1), (149, 1), (150, 2), (200, 2), (260, 3)])
@@ -109,7 +133,7 @@ def test_bad_files_are_skipped_and_named(folder):
 def test_a_folder_of_bad_files_is_refused(tmp_path):
     for name in ("a.wav", "b.wav"):
         (tmp_path / name).write_bytes(b"nothing")
-    with pytest.raises(AudioError, match="none of the 1 audio files could be read"):
+    with pytest.raises(AudioError, match="none of the 2 audio files can be used"):
         AudioFolder(str(tmp_path), 1000).setup()
 
 
