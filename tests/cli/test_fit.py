@@ -81,6 +81,32 @@ def test_a_crashed_run_goes_on_from_its_last_checkpoint(folder, tmp_path, monkey
     assert weights(tmp_path / "crashed") == weights(tmp_path / "whole")
 
 
+class Interrupt(lightning.Callback):
+    """Ctrl-C after so many batches."""
+
+    def __init__(self, at_batch: int) -> None:
+        self.at_batch = at_batch
+
+    def on_train_batch_end(self, trainer, *_) -> None:
+        if trainer.fit_loop.epoch_loop.total_batch_idx + 1 == self.at_batch:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_ctrl_c_saves_and_the_same_command_goes_on_as_if_nothing_had_been(folder, tmp_path, monkeypatch, capsys):
+    options = ["--steps", "6", "--trainer.val_check_interval", "2", "--save_every", "100"]
+    assert fit(folder, tmp_path / "whole", *options) == 0
+    monkeypatch.setattr(lightning.Trainer, "fit", with_callback(Interrupt(3)))
+    with pytest.raises(SystemExit) as caught:
+        fit(folder, tmp_path / "stopped", *options)
+    monkeypatch.undo()
+    assert caught.value.code == 130 and "stopped at step 3 and saved" in capsys.readouterr().out
+    assert fit(folder, tmp_path / "stopped", *options) == 0
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
+    told = capsys.readouterr().out
+    assert "holds a run of 3 steps" in told and "step 4: held out" in told and "step 6: held out" in told
+
+
 def with_callback(callback: lightning.Callback):
     original = lightning.Trainer.fit
 
