@@ -136,13 +136,6 @@ def flute(frequency: float, seconds: float, loudness: float, rng: Random) -> np.
     return (tone + 0.25 * band_pass(rng.standard_normal(time.shape), frequency * 0.8, frequency * 3)) * envelope
 
 
-def clarinet(frequency: float, seconds: float, loudness: float, rng: Random) -> np.ndarray:
-    """A closed pipe: odd harmonics first."""
-    time, envelope = held(seconds, 0.04, 0.07)
-    k = np.arange(1, 16)
-    return sung(frequency, time, np.where(k % 2, 1.0, 0.08) / k ** (1.9 - loudness), 0.001, rng) * envelope
-
-
 def trumpet(frequency: float, seconds: float, loudness: float, rng: Random) -> np.ndarray:
     """The louder, the brighter; each note opens up as it begins."""
     time, envelope = held(seconds, 0.03, 0.08)
