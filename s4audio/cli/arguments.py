@@ -1,4 +1,4 @@
-"""What the verbs share: a parser whose complaints are one sentence, and the checks of a model and a device."""
+"""What the verbs share: a parser whose complaints are one sentence, the models they take, and what the package brings."""
 
 import argparse
 from pathlib import Path
