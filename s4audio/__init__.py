@@ -2,9 +2,22 @@
 
 from s4audio.checkpoint import load, save
 from s4audio.layers import S4, S4D
-from s4audio.models import CausalAutoencoder, S4DAutoencoder, S4Model, stream_blocks
+from s4audio.metrics import Evaluator
+from s4audio.models import CausalAutoencoder, ConvVAE, S4DAutoencoder, S4Model, stream_blocks
 from s4audio.ssm import backend
 
 __version__ = "0.1.0"
 
-__all__ = ["S4", "S4D", "CausalAutoencoder", "S4DAutoencoder", "S4Model", "backend", "load", "save", "stream_blocks"]
+__all__ = [
+    "S4",
+    "S4D",
+    "CausalAutoencoder",
+    "ConvVAE",
+    "Evaluator",
+    "S4DAutoencoder",
+    "S4Model",
+    "backend",
+    "load",
+    "save",
+    "stream_blocks",
+]

@@ -22,6 +22,7 @@ EXTENSIONS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", 
 LIBROSA_TOO = (".m4a", ".opus", ".mp3", ".caf")  # what librosa may read where libsndfile cannot
 NORMALIZATIONS = ("none", "peak")
 MAX_CHANNELS = 8  # 7.1 surround; more is data of another kind, or a damaged header
+RESAMPLER = "soxr, high quality"
 WAV_HEADER = struct.Struct("<4sI4s4sIHHIIHH4sI")  # RIFF, fmt and data, for PCM
 WAV_BYTES = 2**32 - WAV_HEADER.size  # of samples that the header can say
 
@@ -47,6 +48,16 @@ def find_audio(path: str | Path) -> list[Path]:
     if not files:
         raise AudioError(f"{path} holds no audio file (looked for {', '.join(EXTENSIONS)}, in subfolders too).")
     return files
+
+
+def sample_rate_of(path: str | Path) -> int | None:
+    """The rate in Hz that a file's header says; None where only decoding tells, or nothing does."""
+    import soundfile
+
+    try:
+        return int(soundfile.info(path).samplerate)
+    except (soundfile.LibsndfileError, OSError):
+        return None
 
 
 def read_audio(path: str | Path, sample_rate: int | None = None, mono: bool = True) -> tuple[Tensor, int]:

@@ -3,6 +3,7 @@
 Loading builds a class of this package from a list below and fills in numbers; nothing in the folder is executed.
 """
 
+import hashlib
 import inspect
 import json
 from pathlib import Path
@@ -15,9 +16,11 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 
 from s4audio.files import replacing
-from s4audio.models import CausalAutoencoder, S4DAutoencoder, S4Model
+from s4audio.models import CausalAutoencoder, ConvVAE, S4DAutoencoder, S4Model
 
-MODELS: dict[str, type[nn.Module]] = {model.__name__: model for model in (CausalAutoencoder, S4DAutoencoder, S4Model)}
+MODELS: dict[str, type[nn.Module]] = {
+    model.__name__: model for model in (CausalAutoencoder, ConvVAE, S4DAutoencoder, S4Model)
+}
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
@@ -93,6 +96,18 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if unknown:
         raise CheckpointError(f"{path / CONFIG}: {name} has no argument {unknown[0]!r}.")
     return {"class": name, "arguments": arguments, "training": config.get("training", {})}
+
+
+def fingerprint(path: str | Path) -> str:
+    """SHA-256 of the weights file of a model folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    try:
+        return hashlib.sha256((Path(path) / WEIGHTS).read_bytes()).hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{Path(path) / WEIGHTS} is missing or unreadable ({error}).") from error
 
 
 def _signature(name: str) -> list[str]:

@@ -168,6 +168,71 @@ def poles_figure(layers: Mapping[str, tuple[Tensor, Tensor]], in_time: bool = Tr
     return figure
 
 
+@_styled
+def extrapolation_figure(sizes: Sequence[float], values: Sequence[float], value: float, slope: float) -> "Figure":
+    """Scores of subsets over 1 / size, and the line through them to an infinite size.
+
+    Args:
+        sizes: of the subsets.
+        values: their mean scores.
+        value: where the line begins, at 1 / size = 0.
+        slope: of the line.
+    """
+    figure = _figure(4.4, 2.6)
+    axis = figure.subplots()
+    most = 1 / min(sizes)
+    axis.plot([0, most], [value, value + slope * most], color=FAINT, linewidth=1.2, zorder=1)
+    axis.scatter([1 / size for size in sizes], values, s=18, color=ACCENT, label="subsets")
+    axis.scatter([0], [value], s=34, color=SECOND, label="infinitely many", zorder=3, clip_on=False)
+    axis.set_xlim(0, None)
+    shown = [size for i, size in enumerate(sizes) if i % 2 == 0]
+    axis.set_xticks([0, *(1 / size for size in shown)], ["∞", *(f"{size:.0f}" for size in shown)])
+    axis.set_xlabel("windows in a subset")
+    axis.set_ylabel("Fréchet distance")
+    axis.grid(axis="y")
+    axis.legend()
+    return figure
+
+
+@_styled
+def map_figure(points: Mapping[str, Tensor], shares: tuple[float, float]) -> "Figure":
+    """Named sets of points in a plane.
+
+    Args:
+        points: name -> (n, 2).
+        shares: how much of all the variance each axis shows, from 0 to 1.
+    """
+    figure = _figure(4.4, 3.4)
+    axis = figure.subplots()
+    for (name, of_set), colour, marker in zip(points.items(), (ACCENT, SECOND, INK), ("o", "^", "s"), strict=False):
+        axis.scatter(of_set[:, 0], of_set[:, 1], s=16, color=colour, marker=marker, alpha=0.6, linewidths=0, label=name)
+    axis.set_xlabel(f"first direction, {shares[0]:.0%} of the variance")
+    axis.set_ylabel(f"second, {shares[1]:.0%}")
+    axis.legend()
+    return figure
+
+
+@_styled
+def histogram_figure(values: Mapping[str, Tensor], xlabel: str) -> "Figure":
+    """How the values of two sets are spread, as outlines over the same bins.
+
+    Args:
+        values: name -> (n,).
+        xlabel: what they are.
+    """
+    figure = _figure(4.4, 2.6)
+    axis = figure.subplots()
+    every = torch.cat(list(values.values()))
+    bins = torch.linspace(every.min().item(), every.max().item() + 1e-6, 25).tolist()
+    for (name, of_set), colour in zip(values.items(), (ACCENT, SECOND, INK), strict=False):
+        weights = torch.full((len(of_set),), 100 / len(of_set)).numpy()
+        axis.hist(of_set.numpy(), bins=bins, weights=weights, histtype="step", color=colour, linewidth=1.4, label=name)
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel("% of the clips")
+    axis.legend()
+    return figure
+
+
 def _figure(width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure
 

@@ -16,7 +16,7 @@ SEES = {  # what each part may import of this package
     "losses": {"audio"},
     "layers": {"ssm"},
     "models": {"ssm", "layers", "losses"},
-    "metrics": {"audio", "losses"},
+    "metrics": {"audio", "losses", "__version__"},
     "data": {"audio"},
     "report": {"files", "audio", "losses"},
     "checkpoint": {"files", "models"},
@@ -36,7 +36,7 @@ SEES = {  # what each part may import of this package
         "__version__",
     },
     "__main__": {"cli"},
-    "__init__": {"ssm", "layers", "models", "checkpoint"},
+    "__init__": {"ssm", "layers", "models", "metrics", "checkpoint"},
 }
 ONLY_IN = {  # who may import these packages
     "lightning": {"tasks", "data", "cli"},

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from s4audio import __version__
 from s4audio.cli.demo import demo
 from s4audio.cli.doctor import doctor
+from s4audio.cli.evaluate import evaluate
 from s4audio.cli.fit import fit
 from s4audio.cli.generate import generate
 from s4audio.cli.info import info
@@ -21,6 +22,7 @@ HELP = """s4audio trains models of raw audio on a folder of recordings, and make
   s4audio fit --config RECIPE.yaml            train a model; given the same run folder again, go on where it stopped
   s4audio generate MODEL --from noise         make audio from noise, or from a recording with --from FILE
   s4audio reconstruct MODEL IN.wav OUT.wav    send a recording of any length through a model, block by block
+  s4audio evaluate GENERATED REFERENCE        how close generated audio comes to recordings, and how sure that is
   s4audio info MODEL                          what a model is, how it was trained, and what it remembers for how long
   s4audio doctor                              check this installation, and say what is missing
 
@@ -30,7 +32,7 @@ First steps: `s4audio demo`; then, with recordings of your own,
   s4audio fit --config recipes/demo.yaml --train FOLDER --out runs/mine"""
 
 VERBS: dict[str, Callable[[list[str]], int | None]] = {
-    verb.__name__: verb for verb in (demo, fit, generate, reconstruct, info, doctor)
+    verb.__name__: verb for verb in (demo, fit, generate, reconstruct, evaluate, info, doctor)
 }
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

@@ -150,12 +150,12 @@ def run_sections(out: Path, held_out: dict[str, Tensor]) -> list[Section]:
     return [
         Section("Listen", [LISTEN], clips=clips),
         Section(
-            "From noise", ["An autoencoder learns what a latent means, not which latents sound like music: expect texture."],
+            "From noise", ["A latent of noise alone, decoded: a model that learned sound frame by frame gives texture."],
             clips=[Clip("a random latent", sample, rate)],
         ),
         Section("The model", table=facts),
         training_section(out),
-        memory_section(model),
+        *([memory_section(model)] if memories(model) else []),
         Section("What to type next", commands=next_commands(model, out / "best")),
     ]  # fmt: skip
 

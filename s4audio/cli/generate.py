@@ -1,6 +1,7 @@
 """`s4audio generate`: audio from noise or from recordings."""
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -13,7 +14,9 @@ from torch import Tensor
 from s4audio import checkpoint
 from s4audio.audio import NORMALIZATIONS, AudioError, find_audio, normalize, read_audio, write_audio
 from s4audio.cli.arguments import Parser, load_autoencoder
+from s4audio.files import replacing
 
+RECORD = "generated.json"  # which model made which file of the folder
 LEVELS = {"none": "their own level", "peak": "a peak of full scale, and its output is brought back to theirs"}
 
 
@@ -53,6 +56,7 @@ def generate(arguments: list[str]) -> None:
         how = args.normalize or checkpoint.read_config(args.model)["training"].get("normalize", "none")
         seconds = _from_recordings(model, args, sources, how, out)
     took = time.monotonic() - started
+    _record(out, args)
     print(f"{seconds:.1f} s of audio in {took:.1f} s, at {model.sample_rate} Hz, in {out}")
 
 
@@ -97,6 +101,23 @@ def _from_recordings(model: Any, args: argparse.Namespace, files: list[Path], ho
     if len(failures) == len(files):
         raise AudioError(f"none of the {len(files)} recordings could be read.")
     return seconds
+
+
+def made_by(folder: Path) -> list[dict[str, str]]:
+    """The models that made the files of a folder, as far as `generate` has noted them."""
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        return [{"class": str(model["class"]), "sha256": str(model["sha256"])} for model in record["models"]]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
+        return []
+
+
+def _record(out: Path, args: argparse.Namespace) -> None:
+    """Notes the model beside its output, so that `evaluate` can tell who made it."""
+    model = {"class": checkpoint.read_config(args.model)["class"], "sha256": checkpoint.fingerprint(args.model)}
+    models = [*(other for other in made_by(out) if other != model), model]
+    with replacing(out / RECORD) as file:
+        file.write((json.dumps({"models": models}, indent=1) + "\n").encode())
 
 
 def _write(out: Path, name: str, clips: dict[str, Tensor], sample_rate: int) -> None:

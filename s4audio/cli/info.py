@@ -36,6 +36,9 @@ def info(arguments: list[str]) -> None:
         print(f"  {name + ':':13}{sentence}")
     layers = memories(model)
     in_time = hasattr(model, "sample_rate")
+    if not layers:
+        print("\nit has no state-space layers, so there are no poles to show")
+        return
     print("\nwhat each layer remembers: the frequencies of its poles, and how long they ring, to 1/e")
     rows = [("layer", "kind", "channels", "rate", "frequencies", "rings for", "half of them longer than")]
     for memory in layers:
@@ -78,7 +81,7 @@ def describe(model: nn.Module) -> list[tuple[str, str]]:
             ("latent", f"{m.latent_channels} numbers, {m.sample_rate / m.hop_length:,.4g} times a second: {numbers:,.0f} "
                 f"a second in place of {m.channels * m.sample_rate:,} samples"),
             ("streams", f"yes, a sample waits for {1000 * (m.hop_length - 1) / m.sample_rate:.3g} ms at most"
-                if hasattr(model, "stream") else "no, it normalizes over the whole clip"),
+                if hasattr(model, "stream") else "no, it hears the future"),
         ]  # fmt: skip
     return lines
 

@@ -2,5 +2,6 @@
 
 from s4audio.models.autoencoder import CausalAutoencoder, S4DAutoencoder, stream_blocks
 from s4audio.models.classifier import S4Model
+from s4audio.models.vae import ConvVAE
 
-__all__ = ["CausalAutoencoder", "S4DAutoencoder", "S4Model", "stream_blocks"]
+__all__ = ["CausalAutoencoder", "ConvVAE", "S4DAutoencoder", "S4Model", "stream_blocks"]

@@ -132,7 +132,7 @@ class S4DAutoencoder(WaveformAutoencoder):
         init: str = "lin",
     ) -> None:
         super().__init__()
-        _check_losses(losses)
+        check_losses(losses)
         self.sample_rate, self.d_state, self.final_gelu, self.channels = sample_rate, d_state, final_gelu, channels
         self.losses, self.discretization, self.init = tuple(losses), discretization, init
         self.hop_length, self.latent_channels = 2, 2 * channels
@@ -222,7 +222,7 @@ class CausalAutoencoder(WaveformAutoencoder):
         dt_max: float = 1e-1,
     ) -> None:
         super().__init__()
-        _check_losses(losses)
+        check_losses(losses)
         if len(widths) != len(strides) + 1:
             raise ValueError(
                 f"widths has {len(widths)} entries and strides {len(strides)}; wanted one width more than strides."
@@ -339,7 +339,8 @@ def stream_blocks(model: CausalAutoencoder, blocks: Iterable[Tensor]) -> Iterato
         yield y[0, :, : taken - given]
 
 
-def _check_losses(losses: Sequence[str]) -> None:
+def check_losses(losses: Sequence[str]) -> None:
+    """Raises: ValueError, if a name is none of LOSSES, or there is none."""
     unknown = [name for name in losses if name not in LOSSES]
     if unknown or not losses:
         raise ValueError(f"losses is {list(losses)}; wanted one or more of {', '.join(LOSSES)}.")

@@ -139,7 +139,9 @@ class Progress(lightning.Callback):
         left = (trainer.max_steps - trainer.global_step) * (self.last_line - self.started) / max(done, 1)
         remaining = f", about {timedelta(seconds=round(left))} left" if left >= 1 else ""
         self.console.print(
-            f"step {trainer.global_step} of {trainer.max_steps}: {self._text(trainer)}{remaining}", highlight=False
+            f"step {trainer.global_step} of {trainer.max_steps}: {self._text(trainer)}{remaining}",
+            highlight=False,
+            soft_wrap=True,
         )
 
     def _text(self, trainer: lightning.Trainer) -> str:
@@ -157,7 +159,7 @@ class Progress(lightning.Callback):
             if name.startswith("valid/")
         }
         text = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
-        self.console.print(f"step {trainer.global_step}: held out: {text}", highlight=False)
+        self.console.print(f"step {trainer.global_step}: held out: {text}", highlight=False, soft_wrap=True)
 
     def on_train_end(self, trainer: lightning.Trainer, task: lightning.LightningModule) -> None:
         if self.bar is None and trainer.global_step > self.first_step:

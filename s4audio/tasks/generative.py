@@ -20,6 +20,7 @@ class GenerativeTask(lightning.LightningModule):
     Args:
         model: has `training_losses(audio) -> dict of named losses` and is called with audio to reconstruct it.
         loss_weights: weight of each named loss; 1 for those not listed.
+        loss_warmup_steps: of a linear rise of a named loss's weight from 0, such as a VAE's `kl`.
         lr: learning rate of everything but the state spaces' dynamics.
         ssm_lr: learning rate of the dynamics, at most 1e-3.
         weight_decay: of everything but the dynamics.
@@ -35,6 +36,7 @@ class GenerativeTask(lightning.LightningModule):
         self,
         model: nn.Module,
         loss_weights: dict[str, float] | None = None,
+        loss_warmup_steps: dict[str, int] | None = None,
         lr: float = 3e-3,
         ssm_lr: float = 1e-3,
         weight_decay: float = 0.0,
@@ -44,9 +46,10 @@ class GenerativeTask(lightning.LightningModule):
     ) -> None:
         super().__init__()
         self.model: Any = model
-        self.loss_weights = loss_weights or {}
+        self.loss_weights, self.loss_warmup_steps = loss_weights or {}, loss_warmup_steps or {}
         self.lr, self.ssm_lr, self.weight_decay, self.betas = lr, ssm_lr, weight_decay, betas
         self.warmup_steps, self.decay_steps = warmup_steps, decay_steps
+        self.warned = False
         parameter_groups(model, lr, ssm_lr, weight_decay)  # refuses a wrong rate now, not after the data is read
 
     def configure_optimizers(self) -> Any:
@@ -56,17 +59,18 @@ class GenerativeTask(lightning.LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(self.warmup_steps, self.decay_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def total_loss(self, losses: dict[str, Tensor]) -> Tensor:
-        """The weighted sum.
+    def total_loss(self, losses: dict[str, Tensor], step: int | None = None) -> Tensor:
+        """The weighted sum, with the weights of that training step, or their final ones.
 
         Raises:
-            ValueError: a weight is given for a loss that the model does not have.
+            ValueError: a weight or a warm-up is given for a loss that the model does not have.
             DivergenceError: a loss is not a finite number.
         """
-        unknown = set(self.loss_weights) - set(losses)
-        if unknown:
-            raise ValueError(f"loss_weights names {sorted(unknown)}, but the model has the losses {sorted(losses)}.")
-        total = torch.stack([self.loss_weights.get(name, 1.0) * loss for name, loss in losses.items()]).sum()
+        for argument, named in (("loss_weights", self.loss_weights), ("loss_warmup_steps", self.loss_warmup_steps)):
+            unknown = set(named) - set(losses)
+            if unknown:
+                raise ValueError(f"{argument} names {sorted(unknown)}, but the model has the losses {sorted(losses)}.")
+        total = torch.stack([self._weight(name, step) * loss for name, loss in losses.items()]).sum()
         if not torch.isfinite(total):
             culprit = next((name for name, loss in losses.items() if not torch.isfinite(loss)), "sum")
             raise DivergenceError(
@@ -75,10 +79,15 @@ class GenerativeTask(lightning.LightningModule):
             )
         return total
 
+    def _weight(self, name: str, step: int | None) -> float:
+        warmup = self.loss_warmup_steps.get(name, 0)
+        rise = 1.0 if step is None or step >= warmup else step / warmup
+        return rise * self.loss_weights.get(name, 1.0)
+
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """One batch of clips (B, 1, T)."""
         losses = self.model.training_losses(batch)
-        total = self.total_loss(losses)
+        total = self.total_loss(losses, self.global_step)
         self.log_dict({f"train/{name}": loss.detach() for name, loss in losses.items()})
         self.log("train/loss", total.detach())
         return total
@@ -93,8 +102,23 @@ class GenerativeTask(lightning.LightningModule):
             self.log("valid/si_sdr_db", score, batch_size=int(audible.sum()), on_epoch=True)
         values = {f"valid/{name}": loss for name, loss in losses.items()}
         self.log_dict({**values, "valid/loss": self.total_loss(losses)}, batch_size=batch.shape[0], on_epoch=True)
+        if batch_idx == 0 and hasattr(self.model, "active_dimensions"):
+            self._watch_collapse(batch)
         if batch_idx == 0:
             self._show(batch[0], estimate[0])
+
+    def _watch_collapse(self, batch: Tensor) -> None:
+        """Logs how many latent channels are in use, and warns once if they are few."""
+        active, number = self.model.active_dimensions(batch), self.model.latent_channels
+        self.log("valid/active_dimensions", float(active))
+        warmed_up = self.global_step >= max(self.loss_warmup_steps.values(), default=0)
+        if warmed_up and active < number / 2 and not self.warned:
+            self.warned = True
+            print(
+                f"only {active} of {number} latent dimensions say anything about the held-out clips: the others have "
+                "collapsed onto the prior. Try a smaller loss_weights.kl, a longer loss_warmup_steps.kl, more free_nats, or "
+                "fewer latent_channels."
+            )
 
     def _show(self, clip: Tensor, estimate: Tensor) -> None:
         """The first validation clip and its reconstruction, to hear and to see in TensorBoard."""

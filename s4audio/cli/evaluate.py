@@ -1,0 +1,393 @@
+"""`s4audio evaluate`: how close generated audio comes to recordings, and how sure that is."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from s4audio import checkpoint
+from s4audio.audio import NORMALIZATIONS, read_audio
+from s4audio.cli.arguments import Parser, load_autoencoder
+from s4audio.cli.generate import made_by
+from s4audio.cli.info import print_table
+from s4audio.files import replacing
+from s4audio.metrics.comparison import Progress
+from s4audio.metrics.embeddings import Embedding, EncoderWindows
+from s4audio.metrics.evaluator import EmbeddedClip, Evaluation, Evaluator
+from s4audio.metrics.sensitivity import Heard, card, sensitivity
+from s4audio.report import (
+    Clip,
+    Section,
+    extrapolation_figure,
+    histogram_figure,
+    map_figure,
+    write_page,
+)
+
+CLIP_SECONDS = 10.0
+TRAINING_DATA = ("train_files", "train_seconds", "sample_rate", "normalize", "clip_seconds", "steps")
+MANIFOLD = {
+    "precision": "precision: generated windows that lie among real ones",
+    "recall": "recall: real windows that lie among generated ones",
+    "density": "density: how closely, 1 as real ones do",
+    "coverage": "coverage: real windows with a generated one nearby",
+}
+PAIRED = {
+    "si_sdr_db": "SI-SDR in dB, higher is better",
+    "log_spectral_distance_db": "log-spectral distance in dB",
+    "multi_resolution_stft": "multi-resolution STFT distance",
+    "mel_distance": "mel distance, as DAC reports it",
+}
+ITS_OWN = ("generated", "made_by")  # of a result's provenance: what may differ between two that are compared
+
+
+def evaluate(arguments: list[str]) -> None:
+    """Scores a folder against another, compares two results, or shows what an embedding hears."""
+    parser = Parser(
+        prog="s4audio evaluate",
+        usage="%(prog)s GENERATED REFERENCE [options]\n       %(prog)s --compare A.json B.json\n       "
+        "%(prog)s --sensitivity EMBEDDING FOLDER [options]",
+        description="How close generated audio comes to recordings: Fréchet and kernel distances, intervals, and what "
+        "recordings score against recordings. An EMBEDDING is log_mel (fixed, untrained) or the folder of a trained model.",
+    )
+    parser.add_argument("generated", nargs="?", help="folder of audio to judge")
+    parser.add_argument("reference", nargs="?", help="folder of recordings that it should sound like")
+    parser.add_argument("--embedding", default="log_mel", help="log_mel (default), or a model folder such as runs/NAME/best")
+    parser.add_argument("--train", help="folder that the generator was trained on: looks for copies of its clips")
+    parser.add_argument(
+        "--paired", action="store_true", help="NAME.wav and NAME_reconstructed.wav belong together: adds SI-SDR"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write every score and how it was measured to this file")
+    parser.add_argument("--report", metavar="DIR", help="write a page with players and pictures, DIR/report.html")
+    parser.add_argument("--sample-rate", type=int, help="compare at this rate in Hz; needed if the files have several")
+    parser.add_argument("--clip-seconds", type=float, help="cut longer files into clips of this length")
+    parser.add_argument("--normalize", choices=NORMALIZATIONS, default="peak", help="level of every clip (default peak)")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same scores (default 0)")
+    parser.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"), help="two results of --json side by side")
+    parser.add_argument("--sensitivity", nargs=2, metavar=("EMBEDDING", "FOLDER"), help="what an embedding hears")
+    args = parser.parse_args(arguments)
+    modes = [args.generated is not None, args.compare is not None, args.sensitivity is not None]
+    if sum(modes) != 1 or (args.generated is not None and args.reference is None):
+        raise ValueError(
+            "evaluate takes GENERATED and REFERENCE, or --compare A.json B.json, or --sensitivity EMBEDDING FOLDER."
+        )
+    if args.compare:
+        _compare(*args.compare)
+    elif args.sensitivity:
+        _show_sensitivity(args, *args.sensitivity)
+    else:
+        _score(args)
+
+
+def embedding(name: str) -> str | Embedding:
+    """`log_mel`, or the encoder of the model in a folder.
+
+    Raises:
+        ValueError: there is no such model, or it has no encoder.
+    """
+    if name == "log_mel":
+        return name
+    if not Path(name).exists():
+        raise ValueError(f"the embedding {name!r} is neither log_mel nor a folder that holds a model.")
+    model, config, sha256 = load_autoencoder(name), checkpoint.read_config(name), checkpoint.fingerprint(name)
+    training = config["training"]
+    details = {
+        "sha256": sha256, "class": config["class"], "arguments": config["arguments"],
+        "training_data": {key: training[key] for key in TRAINING_DATA if key in training},
+    }  # fmt: skip
+    return EncoderWindows(model.encode, model.sample_rate, model.hop_length, f"{config['class']} {sha256[:12]}", details)
+
+
+def _score(args: argparse.Namespace) -> None:
+    with _bar() as progress:
+        evaluator = _evaluator(args, embedding(args.embedding), progress)
+        evaluation = evaluator.evaluate(args.generated, args.reference, args.train, args.paired)
+    scores = evaluation.scores
+    provenance = scores["provenance"]
+    provenance["made_by"] = made_by(Path(args.generated))
+    if provenance["embedding"]["sha256"] in [model["sha256"] for model in provenance["made_by"]]:
+        scores["warnings"].insert(
+            0, "the embedding is the encoder of the model that made these clips, a judge of its own work: choose another."
+        )
+    print(_heading(scores))
+    print_table(_table(scores))
+    print(f"\n{_verdict(scores)}")
+    if "paired" in scores:
+        print()
+        print_table(_paired_table(scores["paired"]))
+    if "memorization" in scores:
+        print(f"\n{_memorization(scores['memorization'])}")
+    for warning in scores["warnings"]:
+        print(f"note: {warning}")
+    if args.json:
+        with replacing(args.json) as file:
+            file.write((json.dumps(scores, indent=1) + "\n").encode())
+        print(f"scores: {args.json}")
+    if args.report:
+        page = Path(args.report) / "report.html"
+        _write_report(page, evaluation)
+        print(f"page: {page}, to open in a browser")
+
+
+def _evaluator(args: argparse.Namespace, which: str | Embedding, progress: Progress) -> Evaluator:
+    return Evaluator(
+        which, sample_rate=args.sample_rate, normalize=args.normalize, clip_seconds=args.clip_seconds, seed=args.seed,
+        progress=progress,
+    )  # fmt: skip
+
+
+@contextmanager
+def _bar() -> Iterator[Progress]:
+    """A progress bar on a terminal; elsewhere a line every ten seconds."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        last = time.monotonic()
+
+        def say(what: str, done: int, total: int) -> None:
+            nonlocal last
+            if time.monotonic() - last > 10:
+                last = time.monotonic()
+                print(f"{what}, {done} of {total}", file=sys.stderr, flush=True)
+
+        yield say
+        return
+    with Bar(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console, transient=True) as bar:
+        row = bar.add_task("")
+        yield lambda what, done, total: bar.update(row, description=what, completed=done, total=total)
+
+
+def _heading(scores: dict[str, Any]) -> str:
+    p = scores["provenance"]
+    level = "every clip at a peak of 1" if p["normalize"] == "peak" else "clips at their own level"
+    e = p["embedding"]
+    sizes = [
+        f"{role}: {p[role]['clips']} clips, {p[role]['seconds'] / 60:.1f} min, {p[role]['windows']} windows"
+        for role in ("generated", "reference", "train")
+        if role in p
+    ]
+    return "\n".join(
+        [
+            *sizes,
+            f"heard by {e['name']} ({e['dim']} numbers a window), mono at {p['sample_rate']} Hz, {level}, seed {p['seed']}",
+        ]
+    )
+
+
+def _table(scores: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The scores beside the floor, as rows; the surer of KAD and FID∞ comes first."""
+    at_n, floor = scores["at_equal_n"] or {}, scores["floor"] or {}
+    n = f"{at_n['clips']} clips a side" if at_n else ""
+    kad = ("KAD, all clips", _number(scores["kad"]), _range(scores["kad_interval"]), "0")
+    infinity = (
+        "FID∞, without the bias of few clips", _number(scores["fid_infinity"]), _range(scores["fid_infinity_interval"]), "0"
+    )  # fmt: skip
+    few = scores["fid_infinity"] is None or min(scores["provenance"][r]["clips"] for r in ("generated", "reference")) < 1000
+    rows = [kad, infinity] if few else [infinity, kad]
+    rows.append(("FID, all clips", _number(scores["fid"]), _range(scores["fid_interval"]), ""))
+    for key, name in (("fid", "FID"), ("kad", "KAD")):
+        if at_n:
+            real = f"{_number(floor[key])} ({_range(floor[f'{key}_interval'])})"
+            rows.append((f"{name}, {n}", _number(at_n[key]), _range(at_n[f"{key}_interval"]), real))
+    rows += [(sentence, f"{at_n[key]:.2f}", "", f"{floor[key]:.2f}") for key, sentence in MANIFOLD.items() if key in at_n]
+    return [("", "score", "95 % interval", "real against real"), *rows]
+
+
+def _paired_table(paired: dict[str, Any]) -> list[tuple[str, ...]]:
+    rows = [(name, _number(paired[key]), _range(paired.get(f"{key}_interval"))) for key, name in PAIRED.items()]
+    return [(f"{paired['pairs']} pairs, mean", "", "95 % interval"), *rows]
+
+
+def _verdict(scores: dict[str, Any]) -> str:
+    p = scores["verdict"]["p_value"]
+    if scores["verdict"]["distinguishable"]:
+        said = f"The generated clips can be told from the reference (p = {p:.3f})."
+    else:
+        said = f"The generated clips cannot be told from the reference by this embedding and so many clips (p = {p:.2f})."
+    reason = scores.get("fid_infinity_reason")
+    return f"{said} {reason}" if reason else said
+
+
+def _memorization(found: dict[str, Any]) -> str:
+    share = found["share_nearer_than_95_percent_of_reference"]
+    first = found["closest"][0]
+    return (
+        f"memorization: {share:.0%} of the generated clips are nearer to a training clip than 95 % of the reference clips "
+        f"are (5 % is what chance gives); the closest are {first['generated']} and {first['train']}, "
+        f"{first['distance']:.2f} apart, where reference clips are {found['median_distance_reference_to_train']:.2f}"
+    )
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.2f}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def _range(interval: list[float] | None) -> str:
+    return "" if interval is None else f"{_number(interval[0])} to {_number(interval[1])}"
+
+
+def _write_report(path: Path, evaluation: Evaluation) -> None:
+    scores, made = evaluation.scores, evaluation.generated.clips
+    provenance = scores["provenance"]
+    distance = evaluation.to_reference.distance
+    means = torch.stack([clip.windows.mean(0) for clip in made])
+    chosen = {
+        "nearest to the reference": int(distance.argmin()),
+        "most typical": int((means - means.mean(0)).norm(dim=1).argmin()),
+        "farthest from the reference": int(distance.argmax()),
+    }
+    rate = provenance["sample_rate"]
+    sections = [
+        Section(
+            "Listen",
+            ["Of all generated clips the one that lies nearest to the reference, the one in the middle of all, and the one "
+             "farthest away, as the embedding hears them."],
+            clips=[_clip(f"{what}: {made[i].name}", made[i], rate) for what, i in chosen.items()],
+        ),
+        Section(
+            "The scores",
+            [
+                "Lower is better for the distances; the last column says what real clips score against other real clips, "
+                "the best that can be had with so many clips. A difference that is smaller than the interval is none.",
+                *scores["warnings"],
+            ],
+            table=_table(scores),
+            figures=_figures(evaluation),
+        ),
+    ]  # fmt: skip
+    if "paired" in scores:
+        sections.append(Section("File by file", table=_paired_table(scores["paired"])))
+    if evaluation.train is not None and evaluation.to_train is not None:
+        sections.append(_memorization_section(evaluation))
+    sections.append(Section("How it was measured", table=[("", ""), *_flat(provenance)]))
+    lead = (
+        f"{_verdict(scores)} Heard by {provenance['embedding']['name']}, {provenance['generated']['clips']} clips against "
+    )
+    write_page(path, "How close does it come?", f"{lead}{provenance['reference']['clips']} recordings.", sections)
+
+
+def _figures(evaluation: Evaluation) -> list[tuple[str, Any]]:
+    sets = {"reference": evaluation.reference, "generated": evaluation.generated}
+    means = {name: torch.stack([clip.windows.mean(0) for clip in folder.clips]).double() for name, folder in sets.items()}
+    every = torch.cat(list(means.values()))
+    _, spread, directions = torch.linalg.svd(every - every.mean(0), full_matrices=False)
+    plane = {name: ((of_set - every.mean(0)) @ directions[:2].mT) for name, of_set in means.items()}
+    shares = (spread.square() / spread.square().sum().clamp_min(1e-12)).tolist()
+    figures = []
+    if len(shares) > 1:
+        figures.append(
+            ("A map of the clips: the two directions in which they differ most.", map_figure(plane, (shares[0], shares[1])))
+        )
+    infinity = evaluation.infinity
+    if infinity is not None:
+        caption = f"FID∞: the distance of ever larger subsets, and where it leads (R² = {infinity.r_squared:.2f})."
+        line = extrapolation_figure(infinity.sizes, infinity.distances, infinity.estimate.value, infinity.slope)
+        figures.append((caption, line))
+    return figures
+
+
+def _memorization_section(evaluation: Evaluation) -> Section:
+    found, to_train, train = evaluation.scores["memorization"], evaluation.to_train, evaluation.train
+    of_reference = evaluation.reference_to_train
+    assert to_train is not None and train is not None and of_reference is not None
+    made, rate = evaluation.generated.clips, evaluation.scores["provenance"]["sample_rate"]
+    clips = []
+    for i in to_train.distance.argsort()[:2].tolist():
+        other = train.clips[int(to_train.clip[i])]
+        clips += [_clip(f"generated: {made[i].name}", made[i], rate), _clip(f"trained on: {other.name}", other, rate)]
+    distances = {"generated to train": to_train.distance, "reference to train": of_reference.distance}
+    caption = "Distance of each clip to its nearest training clip."
+    rows = [(pair["generated"], pair["train"], f"{pair['distance']:.2f}") for pair in found["closest"]]
+    return Section(
+        "Is it a copy?",
+        [_memorization(found)[0].upper() + _memorization(found)[1:] + ".", "Below, the closest pairs: do you hear a copy?"],
+        clips=clips,
+        table=[("generated", "trained on", "distance"), *rows],
+        figures=[(caption, histogram_figure(distances, "distance"))],
+    )
+
+
+def _clip(name: str, clip: EmbeddedClip, rate: int) -> Clip:
+    audio = read_audio(clip.file, rate)[0]
+    start = round(clip.start * rate)
+    length = round(min(clip.seconds, CLIP_SECONDS) * rate)
+    return Clip(name, audio[..., start : start + length], rate)
+
+
+def _flat(value: Any, key: str = "") -> list[tuple[str, str]]:
+    """Nested dictionaries as rows of a dotted key and a value."""
+    if isinstance(value, dict):
+        return [row for k, v in value.items() for row in _flat(v, f"{key}.{k}" if key else k)]
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return [row for i, v in enumerate(value) for row in _flat(v, f"{key}.{i}")]
+    return [(key, str(value))]
+
+
+def _compare(first: str, second: str) -> None:
+    """Two results side by side; refused if they were not measured in the same way."""
+    results = {path: _read_scores(path) for path in (first, second)}
+    a, b = results[first], results[second]
+    before, now = (dict(_flat(_comparable(result["provenance"]))) for result in (a, b))
+    for key in {**before, **now}:
+        if before.get(key) != now.get(key):
+            raise ValueError(
+                f"{first} and {second} cannot be compared: {key} is {before.get(key, 'not there')} in one and "
+                f"{now.get(key, 'not there')} in the other. Score both again in the same way."
+            )
+    rows: list[tuple[str, ...]] = [("", first, "95 % interval", second, "95 % interval")]
+    for key, name in (("kad", "KAD"), ("fid_infinity", "FID∞"), ("fid", "FID")):
+        values = [text for r in (a, b) for text in (_number(r[key]), _range(r[f"{key}_interval"]))]
+        rows.append((name, *values))
+    print_table(rows)
+    low, high = sorted((a["kad_interval"], b["kad_interval"]))
+    apart = low[1] < high[0]
+    better = first if a["kad"] < b["kad"] else second
+    print(
+        f"\n{better} is closer to the reference." if apart else "\nThe intervals of KAD overlap: neither is surely closer."
+    )
+
+
+def _comparable(provenance: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in provenance.items() if key not in ITS_OWN}
+    return {**kept, "generated": {key: provenance["generated"][key] for key in ("clips", "windows")}}
+
+
+def _read_scores(path: str) -> dict[str, Any]:
+    try:
+        scores = json.loads(Path(path).read_text())
+        for key in ("kad", "kad_interval", "fid", "fid_infinity", "provenance"):
+            scores[key]
+        scores["provenance"]["generated"]["clips"]
+        return scores
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no result of `s4audio evaluate --json` ({error}).") from error
+
+
+def _show_sensitivity(args: argparse.Namespace, name: str, folder: str) -> None:
+    with _bar() as progress:
+        rows = sensitivity(_evaluator(args, embedding(name), progress), folder)
+    print(f"what {name} hears in {folder}: one half of the clips damaged, against the other half")
+    told = [(r.damage, _number(r.fid), _number(r.kad), f"{r.p_value:.3f}", _judgement(r)) for r in rows]
+    print_table([("damage", "FID", "KAD", "p", ""), *told])
+    found = card(rows)
+    for key, what in (("not_noticed", "it does not hear"), ("better_than_real", "it prefers to real clips")):
+        if found[key]:
+            print(f"{what}: {', '.join(found[key])}")
+    if args.json:
+        with replacing(args.json) as file:
+            file.write((json.dumps({"embedding": name, **found}, indent=1) + "\n").encode())
+        print(f"card: {args.json}")
+
+
+def _judgement(row: Heard) -> str:
+    if row.better_than_real:
+        return "scores BETTER than real"
+    return "heard" if row.noticed else "not heard"

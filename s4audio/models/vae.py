@@ -1,0 +1,126 @@
+"""A convolutional variational autoencoder of raw waveforms: the baseline of reference system 4, and its judge."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from s4audio.layers import ChannelNorm, Residual
+from s4audio.losses import LOSSES
+from s4audio.models.autoencoder import Generators, WaveformAutoencoder, check_losses, noise
+
+LOG_VARIANCE = (-12.0, 4.0)  # beyond these a posterior is a point or noise, and its exponential a danger
+
+
+class ConvVAE(WaveformAutoencoder):
+    """Convolutional VAE: ConvNeXt blocks between strided convolutions, a Gaussian for each latent number, and back.
+
+    The prior is a standard normal of every latent number, so that `sample` decodes white noise. The convolutions look ahead
+    as far as back: it does not stream.
+
+    Args:
+        sample_rate: of the audio it is trained on, in Hz.
+        strides: downsampling factors of 2 or more, outermost first; hop_length is their product.
+        widths: channels of each stage, outermost first; one more than strides.
+        latent_channels: D; the latent holds D * sample_rate / hop_length numbers a second.
+        num_blocks: ConvNeXt blocks of each stage but the outermost, in the encoder and again in the decoder.
+        free_nats: what a latent channel may say for nothing, in nats a frame: below it the `kl` loss does not push.
+        channels: of the audio.
+        losses: names of LOSSES; `kl` comes with them.
+
+    Raises:
+        ValueError: widths and strides that do not fit, an argument outside its range, or an unknown loss.
+
+    Source: Kingma and Welling 2014, "Auto-encoding variational Bayes"; free bits from Kingma et al. 2016, "Improved
+    variational inference with inverse autoregressive flow"; the blocks from Liu et al. 2022, "A ConvNet for the 2020s".
+    """
+
+    def __init__(
+        self,
+        sample_rate: int,
+        *,
+        strides: Sequence[int] = (4, 4, 8),
+        widths: Sequence[int] = (32, 96, 192, 192),
+        latent_channels: int = 32,
+        num_blocks: int = 2,
+        free_nats: float = 0.05,
+        channels: int = 1,
+        losses: Sequence[str] = ("l1", "stft"),
+    ) -> None:
+        super().__init__()
+        check_losses(losses)
+        if len(widths) != len(strides) + 1:
+            raise ValueError(
+                f"widths has {len(widths)} entries and strides {len(strides)}; wanted one width more than strides."
+            )
+        if min(strides) < 2 or min(*widths, latent_channels, channels, num_blocks) < 1 or free_nats < 0:
+            raise ValueError(
+                f"strides {list(strides)} must be at least 2, widths {list(widths)}, latent_channels {latent_channels}, "
+                f"num_blocks {num_blocks} and channels {channels} at least 1, and free_nats {free_nats} not negative."
+            )
+        self.sample_rate, self.strides, self.widths = sample_rate, tuple(strides), tuple(widths)
+        self.latent_channels, self.num_blocks, self.free_nats = latent_channels, num_blocks, free_nats
+        self.channels, self.losses = channels, tuple(losses)
+        self.hop_length = math.prod(strides)
+        encoder: list[nn.Module] = [nn.Conv1d(channels, widths[0], 7, padding=3), nn.GELU()]
+        decoder: list[nn.Module] = [nn.Conv1d(latent_channels, widths[-1], 7, padding=3)]
+        for width, wider, stride in zip(widths, widths[1:], strides, strict=False):
+            down = nn.Conv1d(width, wider, 2 * stride, stride, padding=-(-stride // 2))
+            encoder += [down, *_blocks(wider, num_blocks)]
+        for width, wider, stride in reversed(list(zip(widths, widths[1:], strides, strict=False))):
+            up = nn.ConvTranspose1d(wider, width, 2 * stride, stride, padding=-(-stride // 2), output_padding=stride % 2)
+            decoder += [*_blocks(wider, num_blocks), up]
+        self.encoder = nn.Sequential(*encoder, nn.Conv1d(widths[-1], 2 * latent_channels, 1))
+        self.decoder = nn.Sequential(*decoder, nn.GELU(), nn.Conv1d(widths[0], channels, 7, padding=3))
+
+    def posterior(self, audio: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, channels, T) -> mean and log variance of the latent, each (B, D, ceil(T / hop_length))"""
+        mean, log_variance = self.encoder(F.pad(audio, (0, -audio.shape[-1] % self.hop_length))).chunk(2, dim=1)
+        return mean, log_variance.clamp(*LOG_VARIANCE)
+
+    def encode(self, audio: Tensor) -> Tensor:
+        """(B, channels, T) -> the posterior's mean (B, D, ceil(T / hop_length))"""
+        return self.posterior(audio)[0]
+
+    def decode(self, latent: Tensor, num_samples: int | None = None) -> Tensor:
+        """Latent (B, D, F) -> (B, channels, F hop_length), cut to num_samples if that is given."""
+        return self.decoder(latent)[..., :num_samples]
+
+    def training_losses(self, audio: Tensor, label: Tensor | None = None) -> dict[str, Tensor]:
+        """The reconstruction losses of a draw from the posterior, and `kl` to the prior, in nats per latent number."""
+        mean, log_variance = self.posterior(audio)
+        generator = None if self.training else torch.Generator().manual_seed(0)  # validation: the same noise every time
+        latent = mean + noise(mean.shape, generator).to(mean) * (0.5 * log_variance).exp()
+        estimate = self.decode(latent, audio.shape[-1])
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean((0, 2))  # (D,)
+        losses = {name: LOSSES[name](estimate, audio) for name in self.losses}
+        return {**losses, "kl": kl.clamp_min(self.free_nats).mean()}
+
+    @torch.no_grad()
+    def active_dimensions(self, audio: Tensor) -> int:
+        """How many latent channels say something about these clips: whose posterior mean has a variance above 0.01.
+
+        Source: Burda et al. 2016, "Importance weighted autoencoders", section 5.2.
+        """
+        return int((self.encode(audio).var((0, 2)) > 0.01).sum())
+
+    @torch.no_grad()
+    def sample(
+        self, batch_size: int, num_samples: int, *, label: Tensor | None = None, generator: Generators = None
+    ) -> Tensor:
+        """(B, channels, num_samples) from a latent drawn from the prior."""
+        shape = (batch_size, self.latent_channels, -(-num_samples // self.hop_length))
+        return self.decode(noise(shape, generator).to(next(self.parameters())), num_samples)
+
+
+def _blocks(width: int, num_blocks: int) -> list[nn.Module]:
+    """ConvNeXt blocks: a convolution of each channel over 7 samples, norm, and two Linears with GELU, around a shortcut."""
+    return [
+        Residual(
+            nn.Conv1d(width, width, 7, padding=3, groups=width), ChannelNorm(width),
+            nn.Conv1d(width, 3 * width, 1), nn.GELU(), nn.Conv1d(3 * width, width, 1),
+        )
+        for _ in range(num_blocks)
+    ]  # fmt: skip

@@ -1,0 +1,138 @@
+"""`s4audio evaluate`: the table, the JSON, the page, comparisons and refusals."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from s4audio import checkpoint
+from s4audio.cli import main
+from tests.cli.commands import refused
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """Three folders of tones at 4 kHz: real ones, ones like them, and higher ones."""
+    generator, root = np.random.default_rng(0), tmp_path_factory.mktemp("folders")
+    for name, number, pitch in (("real", 12, 1), ("near", 10, 1), ("far", 10, 3)):
+        (root / name).mkdir()
+        for index in range(number):
+            tone = 0.3 * np.sin(2 * np.pi * pitch * generator.uniform(200, 400) * np.arange(4000) / 4000)
+            soundfile.write(root / name / f"{index}.wav", tone + 0.01 * generator.standard_normal(4000), 4000)
+    return {name: root / name for name in ("real", "near", "far")}
+
+
+def score(folders, name: str, path: Path, *options: str) -> dict:
+    assert main(["evaluate", str(folders[name]), str(folders["real"]), "--json", str(path), *options]) == 0
+    return json.loads(path.read_text())
+
+
+def test_table_and_json(folders, tmp_path, capsys):
+    found = score(folders, "far", tmp_path / "far.json")
+    said = capsys.readouterr().out
+    assert (
+        "generated: 10 clips" in said and "real against real" in said and "can be told from the reference (p = 0.0" in said
+    )
+    assert f"{found['kad']:.2f}" in said and found["fid_infinity"] is None and "FID∞ needs" in said
+    assert found["provenance"]["made_by"] == []
+    assert {"fid", "fid_interval", "kad", "kad_interval", "floor", "at_equal_n", "verdict", "defects", "warnings"} <= set(
+        found
+    )
+
+
+def test_page_with_everything(folders, tmp_path, capsys):
+    made, real = str(folders["near"]), str(folders["real"])
+    assert main(["evaluate", made, real, "--train", str(folders["far"]), "--paired", "--report", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "10 pairs" in said and "memorization: " in said
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<audio") == 7  # nearest, most typical, farthest; two pairs
+    for words in ("Is it a copy?", "File by file", "How it was measured", "reference.sha256", "A map of the clips"):
+        assert words in page
+
+
+def test_comparison_of_two_results(folders, tmp_path, capsys):
+    near, far, again = (tmp_path / f"{name}.json" for name in ("near", "far", "again"))
+    score(folders, "near", near)
+    score(folders, "far", far)
+    capsys.readouterr()
+    assert main(["evaluate", "--compare", str(near), str(far)]) == 0
+    assert f"{near} is closer to the reference" in capsys.readouterr().out
+    assert main(["evaluate", "--compare", str(near), str(near)]) == 0
+    assert "neither is surely closer" in capsys.readouterr().out
+    for change, field in (
+        (["--seed", "1"], "seed is 0 in one and 1 in the other"),
+        (["--normalize", "none"], "normalize is peak in one and none in the other"),
+        (["--sample-rate", "3000"], "embedding.sample_rate is 4000 in one and 3000 in the other"),
+        (["--clip-seconds", "0.5"], "clip_seconds is None in one and 0.5 in the other"),
+    ):
+        score(folders, "near", again, *change)
+        capsys.readouterr()
+        assert field in refused(capsys, "evaluate", "--compare", str(near), str(again))
+    result = json.loads(far.read_text())
+    result["provenance"]["reference"]["sha256"] = "0"
+    again.write_text(json.dumps(result))
+    assert "reference.sha256" in refused(capsys, "evaluate", "--compare", str(near), str(again))
+    again.write_text('{"kad": 1}')
+    assert "is no result of `s4audio evaluate --json`" in refused(capsys, "evaluate", "--compare", str(near), str(again))
+
+
+def test_a_trained_encoder_and_a_judge_of_its_own_work(folders, model, tmp_path, capsys):
+    made = tmp_path / "made"
+    assert main(["generate", str(model), "--from", str(folders["real"]), "--out", str(made)]) == 0
+    capsys.readouterr()
+    options = ["--embedding", str(model), "--json", str(tmp_path / "own.json"), "--paired"]
+    assert main(["evaluate", str(made), str(folders["real"]), *options]) == 0
+    said, found = capsys.readouterr().out, json.loads((tmp_path / "own.json").read_text())
+    assert "a judge of its own work" in said
+    sha256 = checkpoint.fingerprint(model)
+    embedding = found["provenance"]["embedding"]
+    assert embedding["sha256"] == sha256 and embedding["name"] == f"CausalAutoencoder {sha256[:12]}"
+    assert found["provenance"]["made_by"] == [{"class": "CausalAutoencoder", "sha256": sha256}]
+    assert found["paired"]["pairs"] == 12
+    assert main(["evaluate", str(made), str(folders["real"])]) == 0
+    assert "a judge of its own work" not in capsys.readouterr().out
+
+
+def test_sensitivity_card(folders, tmp_path, capsys):
+    path = tmp_path / "card.json"
+    assert main(["evaluate", "--sensitivity", "log_mel", str(folders["real"]), "--json", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "nothing, real against real" in said and "white noise, 0 dB below" in said and "it does not hear" in said
+    found = json.loads(path.read_text())
+    assert len(found["rows"]) == 17 and "6 dB quieter" in found["not_noticed"]
+
+
+def test_wrong_input_is_a_sentence_and_no_number(folders, model, tmp_path, capsys):
+    real, made = str(folders["real"]), str(folders["near"])
+    one = tmp_path / "one"
+    one.mkdir()
+    soundfile.write(one / "a.wav", 0.1 * np.ones(4000), 4000)
+    (tmp_path / "empty").mkdir()
+    other_rate = tmp_path / "rate"
+    other_rate.mkdir()
+    soundfile.write(other_rate / "a.wav", 0.1 * np.ones(8000), 8000)
+    hole = tmp_path / "hole"
+    hole.mkdir()
+    for name in "ab":
+        soundfile.write(hole / f"{name}.wav", np.array([0.1, np.nan] * 4000), 4000, subtype="FLOAT")
+    out = tmp_path / "scores.json"
+    for arguments, message in (
+        ([], "evaluate takes GENERATED and REFERENCE"),
+        ([made], "evaluate takes GENERATED and REFERENCE"),
+        ([made, real, "--compare", "a", "b"], "evaluate takes GENERATED and REFERENCE"),
+        ([str(one), real], "has one clip only"),
+        ([str(tmp_path / "empty"), real], "holds no audio file"),
+        ([str(tmp_path / "missing"), real], "does not exist"),
+        ([str(other_rate), real], "2 sample rates"),
+        ([str(hole), real], "not finite numbers"),
+        ([made, real, "--embedding", "vggish"], "neither log_mel nor a folder that holds a model"),
+        ([made, real, "--embedding", str(one)], "is not a model"),
+        ([made, real, "--seed", "-1"], "seed"),
+        (["--compare", str(tmp_path / "no.json"), str(tmp_path / "no.json")], "is no result"),
+        (["--sensitivity", "log_mel", str(one)], "has 1 clips; a sensitivity card needs 8"),
+    ):
+        assert message in refused(capsys, "evaluate", *arguments, "--json", str(out)), arguments
+    assert not out.exists()

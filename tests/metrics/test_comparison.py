@@ -1,0 +1,81 @@
+"""All scores of two sets: what they are for sets of one kind, of two kinds, and too small ones."""
+
+import numpy as np
+import pytest
+import torch
+
+from s4audio.metrics.comparison import compare, memorization
+from s4audio.metrics.frechet import frechet_distance
+
+
+def clips(number: int, seed: int, shift: float = 0.0, windows: int = 4, d: int = 6) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(windows, d, generator=generator) + shift for _ in range(number)]
+
+
+def test_one_kind_is_at_its_floor():
+    scores, infinity = compare(clips(40, 0), clips(60, 1))
+    assert not scores["verdict"]["distinguishable"] and scores["verdict"]["p_value"] > 0.05
+    low, high = scores["floor"]["fid_interval"]
+    assert scores["floor"]["clips"] == scores["at_equal_n"]["clips"] == 30
+    assert low < scores["at_equal_n"]["fid"] < high
+    assert scores["kad_interval"][0] < 0 < scores["kad_interval"][1]
+    assert scores["fid_infinity_interval"][0] < 0 < scores["fid_infinity_interval"][1]
+    assert infinity is not None and infinity.estimate.value == scores["fid_infinity"]
+    assert scores["fid"] == pytest.approx(frechet_distance(torch.cat(clips(40, 0)), torch.cat(clips(60, 1))))
+    assert scores["fid_interval"][0] <= scores["fid"] <= scores["fid_interval"][1]
+
+
+def test_two_kinds_are_told_apart():
+    scores, _ = compare(clips(40, 0, shift=1.0), clips(60, 1))
+    assert scores["verdict"] == {"distinguishable": True, "p_value": 0.001}
+    assert scores["at_equal_n"]["fid_interval"][0] > scores["floor"]["fid_interval"][1]
+    assert scores["fid_infinity"] == pytest.approx(6, abs=0.6)
+    assert scores["at_equal_n"]["kad"] > scores["floor"]["kad"] + 1
+    assert scores["at_equal_n"]["density"] < scores["floor"]["density"]
+
+
+def test_floor_is_the_mean_score_of_independent_real_sets():
+    """The floor of one reference set is, on average, what fresh sets of that size score."""
+    floors = [compare(clips(20, s), clips(40, 100 + s))[0]["floor"] for s in range(8)]
+    fresh = [frechet_distance(torch.cat(clips(20, 1000 + s)), torch.cat(clips(20, 2000 + s))) for s in range(100)]
+    assert np.mean([floor["fid"] for floor in floors]) == pytest.approx(np.mean(fresh), rel=0.15)
+    assert abs(np.mean([floor["kad"] for floor in floors])) < 0.5
+
+
+def test_the_same_seed_gives_the_same_scores():
+    made, real = clips(15, 0), clips(30, 1)
+    assert compare(made, real, seed=3) == compare(made, real, seed=3)
+    assert compare(made, real, seed=3) != compare(made, real, seed=4)
+
+
+def test_few_clips_have_scores_and_reasons():
+    scores, infinity = compare(clips(2, 0), clips(3, 1))
+    assert infinity is None and scores["fid_infinity"] is None and "needs at least 12 clips" in scores["fid_infinity_reason"]
+    assert scores["floor"] is None and "4 reference clips" in scores["floor_reason"]
+    assert np.isfinite(scores["fid"]) and np.isfinite(scores["kad"])
+    with pytest.raises(ValueError, match="the generated set has 1 clip; a spread needs two"):
+        compare(clips(1, 0), clips(3, 1))
+
+
+def test_more_dimensions_than_vectors():
+    scores, _ = compare(clips(10, 0, d=300), clips(20, 1, d=300))
+    assert scores["fid"] > 0 and scores["at_equal_n"]["fid"] == pytest.approx(scores["floor"]["fid"], rel=0.1)
+
+
+def test_large_sets_are_thinned_for_what_costs_their_square(monkeypatch):
+    monkeypatch.setattr("s4audio.metrics.comparison.MAX_KERNEL_CLIPS", 25)
+    scores, _ = compare(clips(40, 0), clips(60, 1))
+    assert scores["kad_clips"] == [25, 25]
+
+
+def test_copies_are_found():
+    train, real = clips(30, 0), clips(30, 1)
+    made = [*clips(8, 2), train[7] + 0.001, train[11].clone()]
+    scores, to_train, real_to_train = memorization(made, real, train)
+    first, second = scores["closest"][:2]
+    assert (first["generated"], first["train"]) == (9, 11) and (second["generated"], second["train"]) == (8, 7)
+    assert first["distance"] < 1e-3 and scores["share_nearer_than_95_percent_of_reference"] >= 0.2
+    assert len(to_train.distance) == 10 and len(real_to_train.distance) == 30
+    honest, _, _ = memorization(clips(200, 3), clips(200, 4), train)
+    assert honest["share_nearer_than_95_percent_of_reference"] == pytest.approx(0.05, abs=0.05)

@@ -1,0 +1,207 @@
+"""Folders of files: what is read, refused and recorded."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from s4audio import Evaluator
+from s4audio.audio import AudioError
+from s4audio.metrics.evaluator import pair_files
+
+RATE = 4000
+
+
+def write(folder: Path, number: int, seed: int = 0, seconds: float = 1.0, pitch: float = 1.0, rate: int = RATE) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    for index in range(number):
+        time = np.arange(round(seconds * rate)) / rate
+        tone = np.sin(2 * np.pi * pitch * generator.uniform(200, 400) * time) * np.exp(-generator.uniform(0, 4) * time)
+        soundfile.write(folder / f"{index:03d}.wav", 0.3 * tone + 0.01 * generator.standard_normal(len(time)), rate)
+    return folder
+
+
+@pytest.fixture
+def real(tmp_path) -> Path:
+    return write(tmp_path / "real", 12)
+
+
+def test_scores_folders_and_says_how(real, tmp_path):
+    near, far = write(tmp_path / "near", 10, seed=1), write(tmp_path / "far", 10, seed=2, pitch=2.5)
+    evaluator = Evaluator()
+    close, distant = evaluator.score(near, real), evaluator.score(far, real)
+    assert close["kad"] < distant["kad"] and close["fid"] < distant["fid"]
+    assert distant["verdict"]["distinguishable"] and not close["verdict"]["distinguishable"]
+    provenance = close["provenance"]
+    assert provenance["embedding"]["name"] == "log_mel_1" and provenance["embedding"]["dim"] == 96
+    assert provenance["sample_rate"] == RATE and provenance["normalize"] == "peak" and provenance["seed"] == 0
+    assert provenance["generated"]["clips"] == 10 and provenance["reference"]["windows"] == 12
+    assert provenance["reference"]["sha256"] == distant["provenance"]["reference"]["sha256"]
+    assert provenance["generated"]["sha256"] != distant["provenance"]["generated"]["sha256"]
+    assert set(provenance["versions"]) == {"s4audio", "torch", "torchaudio", "numpy", "soxr", "soundfile"}
+    assert json.loads(json.dumps(close)) == close == evaluator.score(near, real)
+
+
+def test_names_and_order_of_files_do_not_matter(real, tmp_path):
+    renamed = tmp_path / "renamed" / "deeper"
+    renamed.mkdir(parents=True)
+    for index, file in enumerate(sorted(real.iterdir())):
+        (renamed / f"{99 - index}.wav").write_bytes(file.read_bytes())
+    made = write(tmp_path / "made", 5, seed=1)
+    a, b = Evaluator().score(made, real), Evaluator().score(made, renamed.parent)
+    assert a["provenance"]["reference"] == b["provenance"]["reference"]
+    assert a["fid"] == pytest.approx(b["fid"], rel=1e-9) and a["kad"] == pytest.approx(b["kad"], abs=1e-4)
+
+
+def test_any_object_can_be_the_embedding(real, tmp_path):
+    class Loudness:
+        name, sample_rate = "loudness", 2000
+        details = {"sha256": "0" * 64}  # noqa: RUF012
+
+        def __call__(self, audio):
+            assert audio.shape[:2] == (1, 1) and audio.shape[-1] == 2000
+            return torch.stack([audio.square().mean(-1), audio.abs().amax(-1)], dim=-1)
+
+    scores = Evaluator(Loudness(), normalize="none").score(write(tmp_path / "made", 4, seed=1), real)
+    assert scores["provenance"]["embedding"] == {
+        "name": "loudness", "sample_rate": 2000, "dim": 2, "sha256": "0" * 64
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "vectors, message",
+    [(torch.zeros(1, 4), r"gives \(1, 4\); wanted \(1, windows, dim\)"), (torch.full((1, 1, 2), torch.nan), "not finite")],
+)
+def test_an_embedding_that_gives_something_else_is_refused(real, vectors, message):
+    class Odd:
+        name, sample_rate = "odd", RATE
+
+        def __call__(self, audio):
+            return vectors
+
+    with pytest.raises(AudioError, match=message):
+        Evaluator(Odd()).score(real, real)
+
+
+def test_files_that_cannot_be_scored_are_counted_and_nothing_is(real, tmp_path):
+    made = write(tmp_path / "made", 3)
+    (made / "broken.wav").write_bytes(b"RIFF nothing")
+    soundfile.write(made / "hole.wav", np.array([0.1, np.nan, 0.2] * 500), RATE, subtype="FLOAT")
+    soundfile.write(made / "short.wav", 0.1 * np.ones(100), RATE)
+    with pytest.raises(
+        AudioError, match=r"3 of the 6 files in .*made cannot be scored, so nothing was; the first: .*broken.wav"
+    ):
+        Evaluator().score(made, real)
+    (made / "broken.wav").unlink()
+    with pytest.raises(AudioError, match=r"2 of the 5 files .*hole\.wav holds samples that are not finite numbers"):
+        Evaluator().score(made, real)
+    (made / "hole.wav").unlink()
+    with pytest.raises(AudioError, match=r"1 of the 4 files .*short.wav: 0.025 s is too short for log_mel_1"):
+        Evaluator().score(made, real)
+
+
+def test_one_clip_and_empty_folders_are_refused(real, tmp_path):
+    with pytest.raises(AudioError, match=r"generated: .*one has one clip only"):
+        Evaluator().score(write(tmp_path / "one", 1), real)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(AudioError, match="empty holds no audio file"):
+        Evaluator().score(real, tmp_path / "empty")
+
+
+def test_mixed_rates_are_refused_until_one_is_chosen(real, tmp_path):
+    made = write(tmp_path / "made", 3, rate=8000)
+    with pytest.raises(AudioError, match=r"2 sample rates: 4000 Hz \(.*\), 8000 Hz \(.*\).*set the sample rate to 4000"):
+        Evaluator().score(made, real)
+    assert Evaluator(sample_rate=4000).score(made, real)["provenance"]["sample_rate"] == 4000
+    with pytest.raises(AudioError, match="is at 4000 Hz: files cannot be compared at 8000 Hz"):
+        Evaluator(sample_rate=8000).score(made, real)
+
+
+def test_long_files_can_be_cut(tmp_path):
+    long = write(tmp_path / "long", 2, seconds=5.3)
+    scores = Evaluator(clip_seconds=1.0).score(long, write(tmp_path / "real", 12))
+    generated = scores["provenance"]["generated"]
+    assert generated["clips"] == 10 and generated["dropped"] == 2 and generated["seconds"] == 10
+    kept = Evaluator(clip_seconds=2.0).score(long, write(tmp_path / "real", 12))["provenance"]["generated"]
+    assert kept["clips"] == 6 and kept["dropped"] == 0
+
+
+def test_defects_are_counted_and_told(real, tmp_path):
+    made = write(tmp_path / "made", 4, seed=1)
+    soundfile.write(made / "silent.wav", np.zeros(RATE), RATE)
+    soundfile.write(made / "clipped.wav", np.clip(3 * np.sin(np.arange(RATE)), -1, 1), RATE)
+    soundfile.write(made / "shifted.wav", 0.1 + 0.1 * np.sin(np.arange(RATE)), RATE)
+    (made / "again.wav").write_bytes((made / "001.wav").read_bytes())
+    (made / "taken.wav").write_bytes((real / "003.wav").read_bytes())
+    scores = Evaluator().score(made, real)
+    assert scores["defects"]["generated"] == {"clips": 9, "silent": 1, "clipped": 1, "dc_shifted": 1, "duplicate": 1}
+    assert scores["defects"]["reference"] == {"clips": 12, "silent": 0, "clipped": 0, "dc_shifted": 0, "duplicate": 0}
+    told = " ".join(scores["warnings"])
+    for words in (
+        "1 of the 9 generated clips are silent",
+        "repeat another",
+        "in the generated folder and in the reference one",
+    ):
+        assert words in told
+
+
+def test_train_adds_memorization_and_the_score_of_the_training_clips(real, tmp_path):
+    train = write(tmp_path / "train", 15, seed=5)
+    made = write(tmp_path / "made", 6, seed=1)
+    (made / "000.wav").write_bytes((train / "007.wav").read_bytes())
+    found = Evaluator().score(made, real, train=train)
+    first = found["memorization"]["closest"][0]
+    assert (first["generated"], first["train"]) == ("000.wav", "007.wav") and first["distance"] < 1e-3
+    assert found["train_against_reference"]["kad"] == pytest.approx(Evaluator().score(train, real)["kad"])
+    assert "1 clips are, sample for sample, in the generated folder and in the train one" in " ".join(found["warnings"])
+
+
+def test_pairs_have_signal_metrics(real, tmp_path):
+    made = tmp_path / "made"
+    made.mkdir()
+    generator = np.random.default_rng(0)
+    for file in real.iterdir():
+        audio, _ = soundfile.read(file)
+        noise = generator.standard_normal(len(audio)) * np.sqrt((audio**2).mean() / 100)
+        soundfile.write(made / f"{file.stem}_reconstructed.flac", audio + noise, RATE, subtype="PCM_24")
+    paired = Evaluator().score(made, real, paired=True)["paired"]
+    assert paired["pairs"] == 12 and paired["si_sdr_db"] == pytest.approx(20, abs=0.3)
+    assert paired["si_sdr_db_interval"][0] < paired["si_sdr_db"] < paired["si_sdr_db_interval"][1]
+    assert all(paired[name] > 0 for name in ("log_spectral_distance_db", "multi_resolution_stft", "mel_distance"))
+
+
+def test_files_that_are_no_pairs_are_refused(real, tmp_path):
+    with pytest.raises(ValueError, match="has no partner"):
+        pair_files([Path("x/other.wav")], [Path("y/a.wav")])
+    with pytest.raises(ValueError, match="would both be compared with"):
+        pair_files([Path("x/a_1.wav"), Path("x/a_2.wav")], [Path("y/a.wav")])
+    assert pair_files([Path("x/a_b_c.wav")], [Path("y/a.wav"), Path("y/a_b.flac")]) == [
+        (Path("x/a_b_c.wav"), Path("y/a_b.flac"))
+    ]
+    longer = write(tmp_path / "made", 12, seconds=1.5)
+    with pytest.raises(ValueError, match=r"000.wav lasts 1.50 s and .*000.wav 1.00 s: they are no pair"):
+        Evaluator().score(longer, real, paired=True)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"embedding": "vggish"}, "the embedding is 'vggish'"),
+        ({"normalize": "rms"}, "normalize is 'rms'"),
+        ({"clip_seconds": 0}, "clip_seconds 0"),
+        ({"seed": -1}, "seed -1"),
+    ],
+)
+def test_wrong_arguments_are_sentences(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Evaluator(**arguments)
+
+
+def test_progress_is_told(real, tmp_path):
+    said = []
+    Evaluator(progress=lambda *what: said.append(what)).score(write(tmp_path / "made", 4), real)
+    assert said[0][1:] == (0, 4) and said[-1] == ("scores", 5, 5)

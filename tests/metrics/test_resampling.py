@@ -1,0 +1,30 @@
+"""The jackknife against a statistic whose deviation is known, and the draws."""
+
+import numpy as np
+import pytest
+import torch
+
+from s4audio.metrics.resampling import clip_of_window, count_windows, jackknife, shuffled
+
+
+def test_jackknife_of_a_mean_is_its_standard_error():
+    values = np.random.default_rng(0).standard_normal(50)
+    found = jackknife(values.mean(), ((values.sum() - values) / 49).tolist())
+    assert found.high - found.value == pytest.approx(1.959964 * values.std(ddof=1) / 50**0.5, rel=1e-9)
+    assert found.value - found.low == pytest.approx(found.high - found.value)
+
+
+def test_jackknife_of_two_sets_adds_their_variances():
+    one, two = jackknife(0.0, [1.0, -1.0]), jackknife(0.0, [1.0, -1.0], [1.0, -1.0])
+    assert two.high == pytest.approx(2**0.5 * one.high)
+
+
+def test_shuffles_depend_on_seed_and_stream_alone():
+    numbers = list(range(100))
+    assert shuffled(numbers, 1, 2) == shuffled(numbers, 1, 2) != shuffled(numbers, 1, 3)
+    assert sorted(shuffled(numbers, 5)) == numbers
+
+
+def test_windows_know_their_clip():
+    clips = [torch.zeros(n, 2) for n in (2, 1, 3)]
+    assert clip_of_window(clips).tolist() == [0, 0, 1, 2, 2, 2] and count_windows(clips) == 6

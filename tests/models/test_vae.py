@@ -1,0 +1,99 @@
+"""The convolutional VAE: shapes, its KL against torch's, draws, and that a collapse is seen."""
+
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from s4audio import ConvVAE
+from s4audio.tasks import GenerativeTask
+
+
+def vae(**arguments) -> ConvVAE:
+    defaults = {"strides": (2, 3), "widths": (4, 6, 8), "latent_channels": 5, "num_blocks": 1, "losses": ("l1", "mse")}
+    return ConvVAE(8000, **{**defaults, **arguments})
+
+
+@pytest.mark.parametrize("strides", [(2, 3), (4, 5), (6, 2)])
+@pytest.mark.parametrize("length", [1, 5, 6, 7, 64, 999])
+def test_output_is_as_long_as_the_input(length, strides):
+    model, audio = vae(strides=strides).eval(), torch.randn(2, 1, length)
+    latent = model.encode(audio)
+    assert latent.shape == (2, 5, -(-length // model.hop_length))
+    assert model(audio).shape == audio.shape
+    assert model.decode(latent).shape[-1] == latent.shape[-1] * model.hop_length
+    assert torch.equal(model(audio), model(audio))  # the mean of the posterior, no draw
+
+
+def test_kl_is_that_of_torch():
+    model, audio = vae(free_nats=0.0).eval(), torch.randn(3, 1, 300)
+    mean, log_variance = model.posterior(audio)
+    wanted = kl_divergence(Normal(mean, (0.5 * log_variance).exp()), Normal(0.0, 1.0)).mean()
+    torch.testing.assert_close(model.training_losses(audio)["kl"], wanted)
+
+
+def test_free_nats_are_free():
+    model, audio = vae(free_nats=100.0), torch.randn(3, 1, 300)
+    losses = model.training_losses(audio)
+    assert losses["kl"].item() == 100
+    losses["kl"].backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_losses_reach_every_parameter():
+    model = vae(free_nats=0.0)
+    sum(model.training_losses(torch.randn(2, 1, 500)).values()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+
+
+def test_training_draws_and_validation_does_not_change():
+    model, audio = vae(), torch.randn(2, 1, 300)
+    assert model.training_losses(audio)["l1"] != model.training_losses(audio)["l1"]
+    model.eval()
+    assert model.training_losses(audio)["l1"] == model.training_losses(audio)["l1"]
+
+
+def test_samples_are_the_prior_decoded():
+    model = vae().eval()
+    first, again, other = (model.sample(2, 101, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert first.shape == (2, 1, 101) and torch.equal(first, again) and not torch.equal(first, other)
+    latent = torch.randn(2, 5, 17, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(first, model.decode(latent, 101))
+
+
+def test_active_dimensions_are_counted_and_a_collapse_is_said(capsys):
+    model, audio = vae().eval(), torch.randn(4, 1, 600)
+    with torch.no_grad():
+        last = model.encoder[-1]
+        last.weight[:5], last.bias[:5] = 0, 0  # every posterior mean 0: nothing is said
+    assert model.active_dimensions(audio) == 0
+    task = GenerativeTask(model, loss_warmup_steps={"kl": 0})
+    task.log = task.log_dict = lambda *args, **kwargs: None
+    task.validation_step(audio, 1)
+    assert "collapsed" not in capsys.readouterr().out
+    task._watch_collapse(audio)
+    assert "only 0 of 5 latent dimensions" in capsys.readouterr().out
+    task._watch_collapse(audio)
+    assert capsys.readouterr().out == ""  # said once
+    with torch.no_grad():
+        last.weight[:3] = 10.0
+    assert model.active_dimensions(audio) == 3
+
+
+def test_does_not_stream():
+    assert not hasattr(vae(), "stream")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"widths": (4, 6)}, "widths has 2 entries and strides 2"),
+        ({"free_nats": -1.0}, "free_nats -1.0"),
+        ({"num_blocks": 0}, "num_blocks 0"),
+        ({"strides": (1, 2)}, r"strides \[1, 2\]"),
+        ({"losses": ("kl",)}, "losses is"),
+    ],
+)
+def test_wrong_arguments_are_sentences(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        vae(**arguments)
