@@ -208,7 +208,7 @@ class Evaluator:
             self.progress(what, number, len(files))
             try:
                 audio = read_audio(file, rate)[0]
-                pieces = self._pieces(audio, rate)
+                pieces = self.pieces(audio, rate)
                 dropped += audio.shape[-1] > sum(piece.shape[-1] for piece in pieces)
                 start = 0.0
                 for piece in pieces:
@@ -247,7 +247,7 @@ class Evaluator:
             raise ValueError(f"{embedding.name} gives values that are not finite.")
         return vectors[0]
 
-    def _pieces(self, audio: Tensor, rate: int) -> list[Tensor]:
+    def pieces(self, audio: Tensor, rate: int) -> list[Tensor]:
         """The file, or the clips it is cut into; what is left at the end counts if it is at least half a clip, or all."""
         if self.clip_seconds is None:
             return [audio]

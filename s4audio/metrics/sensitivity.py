@@ -75,8 +75,8 @@ def sensitivity(evaluator: Evaluator, folder: str | Path) -> list[Heard]:
     files = find_audio(folder)
     rate = evaluator.common_rate(files)
     embedding = evaluator.embedding_at(rate)
-    clips = [read_audio(file, rate)[0][..., : round(MAX_SECONDS * rate)] for file in files]
-    clips = shuffled(clips, evaluator.seed)[:MAX_CLIPS]
+    clips = [piece for file in files for piece in evaluator.pieces(read_audio(file, rate)[0], rate)]
+    clips = [clip[..., : round(MAX_SECONDS * rate)] for clip in shuffled(clips, evaluator.seed)[:MAX_CLIPS]]
     if len(clips) < 8:
         raise ValueError(f"{folder} has {len(clips)} clips; a sensitivity card needs 8 at least.")
 
