@@ -5,8 +5,10 @@
 
 Each --model is a name and its training seeds. Every seed reconstructs the clips of each split, and makes as many clips of
 the same length from noise; both are scored against the split, by the encoder of the judge and by log_mel. The judge must be
-none of the models. What is written: FID, FID∞, KAD, their intervals and floors for each seed, and the mean and standard
-deviation over seeds. The original scored at most 20 batches of each split; here a split is one batch of all its clips.
+none of the models. Reconstructions are compared as pairs: KAD and the floor never set a clip against its own
+reconstruction; FID does, as the original did. What is written: FID, FID∞, KAD, their intervals and floors for each seed, and
+the mean and standard deviation over seeds. The original scored at most 20 batches of each split; here a split is one batch of
+all its clips.
 """
 
 import argparse
@@ -98,7 +100,9 @@ def main() -> None:
                         with tempfile.TemporaryDirectory() as out:
                             generate(path, source, folder, Path(out), seed)
                             made = evaluator.embed(listen, out, find_audio(out), rate)
-                        scores = compare(made.windows(), real[split].windows()).scores
+                        of_name = {Path(clip.name).stem: clip.windows for clip in made.clips}
+                        aligned = [of_name[Path(clip.name).stem] for clip in real[split].clips]
+                        scores = compare(aligned, real[split].windows(), paired=source == "samples").scores
                         seeds.append({"sha256": checkpoint.fingerprint(path), **{key: scores[key] for key in KEPT}})
                     model: Any = s4audio.load(paths[0])
                     row = {

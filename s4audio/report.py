@@ -81,7 +81,7 @@ def write_page(path: str | Path, title: str, lead: str, sections: Sequence[Secti
     environment.filters.update(player=_player, clip_svg=_clip_svg, svg=_svg)
     page = environment.get_template("report.html").render(title=title, lead=lead, sections=sections)
     with replacing(path) as file:
-        file.write(page.encode())
+        file.write(page.encode(errors="replace"))  # a file name may be no text
 
 
 @_styled

@@ -61,3 +61,54 @@ def test_a_long_file_takes_no_more_memory(model, tmp_path):
     assert long["samples"] == 10 * 60 * 4000
     assert long["peak_mib"] < short["peak_mib"] + 6
     assert long["largest_difference_from_forward"] < 1e-4
+
+
+def test_tables_of_the_readme_are_those_of_the_results():
+    done = subprocess.run([sys.executable, "evaluation/tables.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_calibration_says_how_often_an_interval_holds(tmp_path):
+    path = tmp_path / "calibration.json"
+    run("calibration.py", "--repeats", "4", "--clips", "60", "--dimensions", "4", "--json", str(path))
+    found = json.loads(path.read_text())
+    assert [result["truth"] for result in found["fid_infinity"]] == [0, 2] and len(found["kad"]) == 2
+    assert all(0 <= result["coverage_of_95_percent_interval"] <= 1 for result in found["fid_infinity"] + found["kad"])
+
+
+def test_real_audio_says_what_an_embedding_is_worth(tmp_path):
+    generator = np.random.default_rng(0)
+    (tmp_path / "tones").mkdir()
+    for number in range(24):
+        tone = 0.3 * np.sin(np.arange(4000) * generator.uniform(0.1, 1)) * np.exp(-np.arange(4000) / 2000)
+        soundfile.write(tmp_path / "tones" / f"{number}.wav", tone, 4000)
+    path = tmp_path / "tones.json"
+    run("real_audio.py", str(tmp_path / "tones"), "--thirds", "3", "--halves", "5", "--json", str(path))
+    found = json.loads(path.read_text())
+    assert found["collection"] == "tones" and found["clips"] == 24 and not found["silence_is_best"]
+    assert found["rises_with_damage"]["white noise, kad"]
+
+
+def test_system_4_is_scored_from_noise_and_from_samples(model, tmp_path):
+    torch.manual_seed(1)
+    save(CausalAutoencoder(4000, strides=(4,), widths=(4, 8), d_state=8, latent_channels=2), tmp_path / "judge")
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        for number in range(4):
+            tone = 0.3 * np.sin(np.arange(8000) * 0.1 * (number + 1)) * (1 if split == "train" else 0.5)
+            soundfile.write(tmp_path / split / f"{number}.wav", tone, 4000)
+    path = tmp_path / "system4.json"
+    arguments = ["--train", str(tmp_path / "train"), "--test", str(tmp_path / "test"), "--json", str(path)]
+    run("system4.py", *arguments, "--judge", str(tmp_path / "judge"), "--model", f"mine={model},{model}")
+    found = json.loads(path.read_text())
+    assert len(found["rows"]) == 8  # 2 embeddings, noise and samples, 2 splits
+    row = found["rows"][0]
+    assert row["latent_numbers_a_second"] == 2000 and len(row["seeds"]) == 2 and row["fid_std"] == 0
+    of_noise, of_samples = (
+        next(r["kad"] for r in found["rows"] if r["from"] == source and r["embedding"] == "log_mel")
+        for source in ("noise", "samples")
+    )
+    assert of_noise > 0 and np.isfinite(of_samples)
+    command = [sys.executable, "evaluation/system4.py", *arguments, "--judge", str(model), "--model", f"mine={model}"]
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 1 and "the judge is one of the seeds of mine" in refused.stderr

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -15,14 +16,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from s4audio import checkpoint
-from s4audio.audio import NORMALIZATIONS, read_audio
+from s4audio.audio import NORMALIZATIONS, find_audio, read_audio
 from s4audio.cli.arguments import Parser, load_autoencoder
 from s4audio.cli.generate import made_by
 from s4audio.cli.info import print_table
 from s4audio.files import replacing
 from s4audio.metrics.comparison import Progress
 from s4audio.metrics.embeddings import Embedding, EncoderWindows
-from s4audio.metrics.evaluator import EmbeddedClip, Evaluation, Evaluator
+from s4audio.metrics.evaluator import FORMAT, EmbeddedClip, Evaluation, Evaluator
 from s4audio.metrics.sensitivity import Heard, card, sensitivity
 from s4audio.report import (
     Clip,
@@ -47,7 +48,7 @@ PAIRED = {
     "multi_resolution_stft": "multi-resolution STFT distance",
     "mel_distance": "mel distance, as DAC reports it",
 }
-ITS_OWN = ("generated", "made_by")  # of a result's provenance: what may differ between two that are compared
+ITS_OWN = ("generated", "made_by", "train")  # of a result's provenance: what may differ between two that are compared
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -69,12 +70,19 @@ def evaluate(arguments: list[str]) -> None:
     parser.add_argument("--json", metavar="FILE", help="write every score and how it was measured to this file")
     parser.add_argument("--report", metavar="DIR", help="write a page with players and pictures, DIR/report.html")
     parser.add_argument("--sample-rate", type=int, help="compare at this rate in Hz; needed if the files have several")
-    parser.add_argument("--clip-seconds", type=float, help="cut longer files into clips of this length")
     parser.add_argument("--normalize", choices=NORMALIZATIONS, default="peak", help="level of every clip (default peak)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same scores (default 0)")
     parser.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"), help="two results of --json side by side")
     parser.add_argument("--sensitivity", nargs=2, metavar=("EMBEDDING", "FOLDER"), help="what an embedding hears")
     args = parser.parse_args(arguments)
+    alone = {"--train": args.train, "--paired": args.paired, "--report": args.report}
+    if args.compare:
+        alone["--json"] = args.json
+    for option, given in alone.items() if args.compare or args.sensitivity else ():
+        if given:
+            raise ValueError(
+                f"{option} goes with GENERATED and REFERENCE, not with --{'compare' if args.compare else 'sensitivity'}."
+            )
     modes = [args.generated is not None, args.compare is not None, args.sensitivity is not None]
     if sum(modes) != 1 or (args.generated is not None and args.reference is None):
         raise ValueError(
@@ -99,6 +107,8 @@ def embedding(name: str) -> str | Embedding:
     if not Path(name).exists():
         raise ValueError(f"the embedding {name!r} is neither log_mel nor a folder that holds a model.")
     model, config, sha256 = load_autoencoder(name), checkpoint.read_config(name), checkpoint.fingerprint(name)
+    if model.channels != 1:
+        raise ValueError(f"the model in {name} hears {model.channels} channels; an embedding hears one (mono).")
     training = config["training"]
     details = {
         "sha256": sha256, "class": config["class"], "arguments": config["arguments"],
@@ -108,15 +118,21 @@ def embedding(name: str) -> str | Embedding:
 
 
 def _score(args: argparse.Namespace) -> None:
+    page = Path(args.report) / "report.html" if args.report else None
+    for file in filter(None, (args.json and Path(args.json), page)):
+        _check_place(file)  # now, not after minutes of work
+    models, unreadable = made_by(Path(args.generated))
     with _bar() as progress:
         evaluator = _evaluator(args, embedding(args.embedding), progress)
         evaluation = evaluator.evaluate(args.generated, args.reference, args.train, args.paired)
     scores = evaluation.scores
     provenance = scores["provenance"]
-    provenance["made_by"] = made_by(Path(args.generated))
-    if provenance["embedding"]["sha256"] in [model["sha256"] for model in provenance["made_by"]]:
+    provenance["made_by"] = models
+    if unreadable:
+        scores["warnings"].append(f"{unreadable} cannot be read, so which model made these clips is not known.")
+    if provenance["embedding"]["sha256"] in [model["sha256"] for model in models]:
         scores["warnings"].insert(
-            0, "the embedding is the encoder of the model that made these clips, a judge of its own work: choose another."
+            0, "the embedding is the encoder of a model that made these clips, a judge of its own work: choose another."
         )
     print(_heading(scores))
     print_table(_table(scores))
@@ -125,23 +141,32 @@ def _score(args: argparse.Namespace) -> None:
         print()
         print_table(_paired_table(scores["paired"]))
     if "memorization" in scores:
-        print(f"\n{_memorization(scores['memorization'])}")
+        print(f"\n{_bound(scores['train_against_reference'])}\n{_memorization(scores['memorization'])}")
     for warning in scores["warnings"]:
         print(f"note: {warning}")
     if args.json:
-        with replacing(args.json) as file:
-            file.write((json.dumps(scores, indent=1) + "\n").encode())
+        _write_json(args.json, scores)
         print(f"scores: {args.json}")
-    if args.report:
-        page = Path(args.report) / "report.html"
+    if page:
         _write_report(page, evaluation)
         print(f"page: {page}, to open in a browser")
 
 
+def _check_place(file: Path) -> None:
+    """Raises: ValueError, if no file can be written there."""
+    parent = next(folder for folder in file.absolute().parents if folder.exists())
+    if file.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"{file} is no place where a file can be written; choose another.")
+
+
+def _write_json(path: str, content: dict[str, Any]) -> None:
+    with replacing(path) as file:
+        file.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+
 def _evaluator(args: argparse.Namespace, which: str | Embedding, progress: Progress) -> Evaluator:
     return Evaluator(
-        which, sample_rate=args.sample_rate, normalize=args.normalize, clip_seconds=args.clip_seconds, seed=args.seed,
-        progress=progress,
+        which, sample_rate=args.sample_rate, normalize=args.normalize, seed=args.seed, progress=progress
     )  # fmt: skip
 
 
@@ -198,7 +223,7 @@ def _table(scores: dict[str, Any]) -> list[tuple[str, ...]]:
             real = f"{_number(floor[key])} ({_range(floor[f'{key}_interval'])})"
             rows.append((f"{name}, {n}", _number(at_n[key]), _range(at_n[f"{key}_interval"]), real))
     rows += [(sentence, f"{at_n[key]:.2f}", "", f"{floor[key]:.2f}") for key, sentence in MANIFOLD.items() if key in at_n]
-    return [("", "score", "95 % interval", "real against real"), *rows]
+    return [("", "score", "95 % range", "real against real"), *rows]
 
 
 def _paired_table(paired: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -207,27 +232,40 @@ def _paired_table(paired: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _verdict(scores: dict[str, Any]) -> str:
-    p = scores["verdict"]["p_value"]
-    if scores["verdict"]["distinguishable"]:
+    p, reason = scores["verdict"]["p_value"], scores.get("fid_infinity_reason")
+    if p is None:
+        said = "There are too few clips to say whether the generated can be told from the reference."
+    elif scores["verdict"]["distinguishable"]:
         said = f"The generated clips can be told from the reference (p = {p:.3f})."
     else:
-        said = f"The generated clips cannot be told from the reference by this embedding and so many clips (p = {p:.2f})."
-    reason = scores.get("fid_infinity_reason")
+        said = f"The generated clips cannot be told from the reference with this embedding and so few clips (p = {p:.2f})."
     return f"{said} {reason}" if reason else said
 
 
+def _bound(train: dict[str, Any]) -> str:
+    parts = [f"KAD {_number(train['kad'])} ({_range(train['kad_interval'])})", f"FID {_number(train['fid'])}"]
+    if train["fid_infinity"] is not None:
+        parts.insert(1, f"FID∞ {_number(train['fid_infinity'])} ({_range(train['fid_infinity_interval'])})")
+    return f"the training clips themselves score {', '.join(parts)}: nearer than that is learned by heart, or luck"
+
+
 def _memorization(found: dict[str, Any]) -> str:
-    share = found["share_nearer_than_95_percent_of_reference"]
-    first = found["closest"][0]
+    share, first = found["share_nearer_than_95_percent_of_reference"], found["closest"][0]
+    closest = (
+        f"the closest clips are {first['generated']} and {first['train']}, {_number(first['distance'])} apart; windows of "
+        f"the reference are {_number(found['median_distance_reference_to_train'])} from the nearest of training"
+    )
+    if share is None:
+        return f"memorization: too few reference windows to compare with; {closest}"
     return (
-        f"memorization: {share:.0%} of the generated clips are nearer to a training clip than 95 % of the reference clips "
-        f"are (5 % is what chance gives); the closest are {first['generated']} and {first['train']}, "
-        f"{first['distance']:.2f} apart, where reference clips are {found['median_distance_reference_to_train']:.2f}"
+        f"memorization: {share:.1%} of the generated windows are nearer to a training window than 95 % of those of the "
+        f"reference are, where chance gives 5 %; {closest}"
     )
 
 
 def _number(value: float | None) -> str:
-    return "none" if value is None else f"{value:.2f}" if abs(value) < 100 else f"{value:,.0f}"
+    """Three digits."""
+    return "none" if value is None else f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}"
 
 
 def _range(interval: list[float] | None) -> str:
@@ -256,7 +294,7 @@ def _write_report(path: Path, evaluation: Evaluation) -> None:
             "The scores",
             [
                 "Lower is better for the distances; the last column says what real clips score against other real clips, "
-                "the best that can be had with so many clips. A difference that is smaller than the interval is none.",
+                "the best that can be had with so many clips. A difference that is smaller than the range is not shown.",
                 *scores["warnings"],
             ],
             table=_table(scores),
@@ -295,10 +333,11 @@ def _figures(evaluation: Evaluation) -> list[tuple[str, Any]]:
 
 
 def _memorization_section(evaluation: Evaluation) -> Section:
-    found, to_train, train = evaluation.scores["memorization"], evaluation.to_train, evaluation.train
+    scores, to_train, train = evaluation.scores, evaluation.to_train, evaluation.train
+    found = scores["memorization"]
     of_reference = evaluation.reference_to_train
     assert to_train is not None and train is not None and of_reference is not None
-    made, rate = evaluation.generated.clips, evaluation.scores["provenance"]["sample_rate"]
+    made, rate = evaluation.generated.clips, scores["provenance"]["sample_rate"]
     clips = []
     for i in to_train.distance.argsort()[:2].tolist():
         other = train.clips[int(to_train.clip[i])]
@@ -308,7 +347,10 @@ def _memorization_section(evaluation: Evaluation) -> Section:
     rows = [(pair["generated"], pair["train"], f"{pair['distance']:.2f}") for pair in found["closest"]]
     return Section(
         "Is it a copy?",
-        [_memorization(found)[0].upper() + _memorization(found)[1:] + ".", "Below, the closest pairs: do you hear a copy?"],
+        [
+            *(f"{text[0].upper()}{text[1:]}." for text in (_memorization(found), _bound(scores["train_against_reference"]))),
+            "Below, the closest pairs: do you hear a copy?",
+        ],
         clips=clips,
         table=[("generated", "trained on", "distance"), *rows],
         figures=[(caption, histogram_figure(distances, "distance"))],
@@ -316,10 +358,7 @@ def _memorization_section(evaluation: Evaluation) -> Section:
 
 
 def _clip(name: str, clip: EmbeddedClip, rate: int) -> Clip:
-    audio = read_audio(clip.file, rate)[0]
-    start = round(clip.start * rate)
-    length = round(min(clip.seconds, CLIP_SECONDS) * rate)
-    return Clip(name, audio[..., start : start + length], rate)
+    return Clip(name, read_audio(clip.file, rate)[0][..., : round(CLIP_SECONDS * rate)], rate)
 
 
 def _flat(value: Any, key: str = "") -> list[tuple[str, str]]:
@@ -350,9 +389,10 @@ def _compare(first: str, second: str) -> None:
     low, high = sorted((a["kad_interval"], b["kad_interval"]))
     apart = low[1] < high[0]
     better = first if a["kad"] < b["kad"] else second
-    print(
-        f"\n{better} is closer to the reference." if apart else "\nThe intervals of KAD overlap: neither is surely closer."
-    )
+    print(f"\n{better} is closer to the reference." if apart else "\nThe ranges of KAD overlap: neither is surely closer.")
+    for path, result in results.items():
+        for warning in result["warnings"]:
+            print(f"note on {path}: {warning}")
 
 
 def _comparable(provenance: dict[str, Any]) -> dict[str, Any]:
@@ -361,19 +401,36 @@ def _comparable(provenance: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_scores(path: str) -> dict[str, Any]:
+    """A result of --json.
+
+    Raises:
+        ValueError: it is none, or of another version.
+    """
     try:
         scores = json.loads(Path(path).read_text())
-        for key in ("kad", "kad_interval", "fid", "fid_infinity", "provenance"):
-            scores[key]
-        scores["provenance"]["generated"]["clips"]
-        return scores
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no result of `s4audio evaluate --json` ({error}).") from error
+        provenance = scores["provenance"]
+        if provenance["format"] != FORMAT:
+            raise ValueError(f"its format is {provenance['format']}, and this version reads {FORMAT}")
+        if provenance["embedding"]["sha256"] is None:
+            raise ValueError("its embedding has no sha256 in its details, so nobody knows which one it was")
+        for key in ("kad", "fid", *(["fid_infinity"] if scores["fid_infinity"] is not None else [])):
+            if not all(isinstance(value, float) for value in (scores[key], *scores[f"{key}_interval"])):
+                raise TypeError(f"{key} is no number")
+        if not isinstance(scores["warnings"], list):
+            raise TypeError("warnings is no list")
+        _comparable(provenance)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"there is no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is no result of `s4audio evaluate --json` that can be compared ({what}).") from error
+    return scores
 
 
 def _show_sensitivity(args: argparse.Namespace, name: str, folder: str) -> None:
+    if args.json:
+        _check_place(Path(args.json))
     with _bar() as progress:
-        rows = sensitivity(_evaluator(args, embedding(name), progress), folder)
+        evaluator = _evaluator(args, embedding(name), progress)
+        rows = sensitivity(evaluator, folder)
     print(f"what {name} hears in {folder}: one half of the clips damaged, against the other half")
     told = [(r.damage, _number(r.fid), _number(r.kad), f"{r.p_value:.3f}", _judgement(r)) for r in rows]
     print_table([("damage", "FID", "KAD", "p", ""), *told])
@@ -382,8 +439,8 @@ def _show_sensitivity(args: argparse.Namespace, name: str, folder: str) -> None:
         if found[key]:
             print(f"{what}: {', '.join(found[key])}")
     if args.json:
-        with replacing(args.json) as file:
-            file.write((json.dumps({"embedding": name, **found}, indent=1) + "\n").encode())
+        rate = evaluator.common_rate(find_audio(folder))
+        _write_json(args.json, {**found, "provenance": evaluator.provenance(evaluator.embedding_at(rate), rate)})
         print(f"card: {args.json}")
 
 

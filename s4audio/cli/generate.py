@@ -49,6 +49,7 @@ def generate(arguments: list[str]) -> None:
     model = load_autoencoder(args.model, args.device)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
+    _record(out, args)
     started = time.monotonic()
     if sources is None:
         seconds = _from_noise(model, args, out)
@@ -56,7 +57,6 @@ def generate(arguments: list[str]) -> None:
         how = args.normalize or checkpoint.read_config(args.model)["training"].get("normalize", "none")
         seconds = _from_recordings(model, args, sources, how, out)
     took = time.monotonic() - started
-    _record(out, args)
     print(f"{seconds:.1f} s of audio in {took:.1f} s, at {model.sample_rate} Hz, in {out}")
 
 
@@ -103,19 +103,23 @@ def _from_recordings(model: Any, args: argparse.Namespace, files: list[Path], ho
     return seconds
 
 
-def made_by(folder: Path) -> list[dict[str, str]]:
-    """The models that made the files of a folder, as far as `generate` has noted them."""
-    try:
-        record = json.loads((folder / RECORD).read_text())
-        return [{"class": str(model["class"]), "sha256": str(model["sha256"])} for model in record["models"]]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
-        return []
+def made_by(folder: Path) -> tuple[list[dict[str, str]], Path | None]:
+    """The models that made files in a folder, as far as `generate` has noted them, and a note that cannot be read."""
+    models: list[dict[str, str]] = []
+    unreadable = None
+    for note in sorted(folder.rglob(RECORD)) if folder.is_dir() else ():
+        try:
+            listed = json.loads(note.read_text())["models"]
+            models += [{"class": str(model["class"]), "sha256": str(model["sha256"])} for model in listed]
+        except (OSError, ValueError, KeyError, TypeError):
+            unreadable = note
+    return models, unreadable
 
 
 def _record(out: Path, args: argparse.Namespace) -> None:
     """Notes the model beside its output, so that `evaluate` can tell who made it."""
     model = {"class": checkpoint.read_config(args.model)["class"], "sha256": checkpoint.fingerprint(args.model)}
-    models = [*(other for other in made_by(out) if other != model), model]
+    models = [*(other for other in made_by(out)[0] if other != model), model]
     with replacing(out / RECORD) as file:
         file.write((json.dumps({"models": models}, indent=1) + "\n").encode())
 

@@ -12,7 +12,7 @@ import torch
 
 from s4audio.metrics.frechet import FrechetInfinity, frechet_distance, frechet_infinity
 from s4audio.metrics.kernel import Kernel, bandwidth, discrepancy, kernel, kernel_audio_distance, permutation_test
-from s4audio.metrics.neighbours import Nearest, manifold, nearest
+from s4audio.metrics.neighbours import Manifold, Nearest, manifold, nearest
 from s4audio.metrics.resampling import Clips, Estimate, count_windows, jackknife, shuffled
 
 NUM_GROUPS = 20  # of clips that the interval of the Fréchet distance leaves out one after the other
@@ -21,6 +21,8 @@ NUM_MANIFOLD_DRAWS = 5
 MAX_KERNEL_CLIPS = 2000  # of each set, drawn at random: the kernel between all of them takes 128 MiB
 MAX_MANIFOLD_WINDOWS = 5000  # of each set, in whole clips
 SIGNIFICANCE = 0.05  # of the verdict
+FEWEST_CLIPS = 3
+NUM_NEIGHBOURS = 5
 NUM_CLOSEST = 10  # pairs of generated and training clips that are listed
 
 Progress = Callable[[str, int, int], None]  # what, how much is done, of how much
@@ -37,45 +39,52 @@ def silently(what: str, done: int, total: int) -> None:
     """Progress that nobody watches."""
 
 
-def compare(generated: Clips, reference: Clips, seed: int = 0, progress: Progress = silently) -> Comparison:
+def compare(
+    generated: Clips, reference: Clips, seed: int = 0, progress: Progress = silently, paired: bool = False
+) -> Comparison:
     """Fréchet distance, FID∞, KAD, verdict, precision, recall, density and coverage, and the floor of each.
 
     Args:
-        generated: (windows, d) of each clip, two clips or more.
+        generated: (windows, d) of each clip, three clips or more.
         reference: as generated.
         seed: of every draw.
         progress: called with (what, done, total).
+        paired: generated clip i is a reconstruction of reference clip i. The two sets are not independent then: what is
+            drawn, left out or shuffled is a pair, and no clip is compared with its own reconstruction (but in `fid`).
 
     Raises:
-        ValueError: there is one clip only, or all clips of the reference are the same.
+        ValueError: there are fewer than three clips, all clips of the reference are the same, or pairs are not pairs.
     """
     for name, clips in (("generated", generated), ("reference", reference)):
-        if len(clips) < 2:
-            raise ValueError(f"the {name} set has {len(clips)} clip; a spread needs two.")
+        if len(clips) < FEWEST_CLIPS:
+            raise ValueError(f"the {name} set has {len(clips)} clips; a spread and its interval need {FEWEST_CLIPS}.")
+    if paired and len(generated) != len(reference):
+        raise ValueError(f"there are {len(generated)} generated and {len(reference)} reference clips; pairs need as many.")
     total = 5
     progress("FID", 0, total)
-    fid = _frechet_with_interval(generated, reference, seed)
+    fid = _frechet_with_interval(generated, reference, seed, paired)
     progress("FID at infinity", 1, total)
-    infinity = frechet_infinity(generated, reference, seed)
+    infinity = frechet_infinity(generated, reference, seed, paired)
     progress("KAD", 2, total)
     width = bandwidth(reference)
-    some = [shuffled(clips, seed, 2 + i)[:MAX_KERNEL_CLIPS] for i, clips in enumerate((generated, reference))]
-    kernels = kernel(some[0], some[1], width)
+    streams = (2, 2) if paired else (2, 3)
+    some = [shuffled(c, seed, s)[:MAX_KERNEL_CLIPS] for c, s in zip((generated, reference), streams, strict=True)]
+    kernels = kernel(some[0], some[1], width, paired)
     kad, p_value = kernel_audio_distance(kernels), permutation_test(kernels, seed)
     scores: dict[str, Any] = {
         "fid": fid.value, "fid_interval": [fid.low, fid.high], **_infinity_scores(infinity),
         "kad": kad.value, "kad_interval": [kad.low, kad.high], "kad_bandwidth": width, "kad_clips": [len(c) for c in some],
-        "verdict": {"distinguishable": p_value < SIGNIFICANCE, "p_value": p_value},
+        "verdict": {"distinguishable": None if p_value is None else p_value < SIGNIFICANCE, "p_value": p_value},
     }  # fmt: skip
     progress("the floor", 3, total)
     n = min(len(generated), len(reference) // 2)
     if n < 2:
         scores |= {"at_equal_n": None, "floor": None, "floor_reason": "A floor needs 4 reference clips, twice two of them."}
     else:
-        at_n, floor = _frechet_at(n, generated, reference, seed)
+        at_n, floor = _frechet_at(n, generated, reference, seed, paired)
         made, real = _kad_at(kernels, seed)
-        made_manifold, real_manifold = _manifold_at(n, generated, reference, seed)
         progress("neighbours", 4, total)
+        made_manifold, real_manifold = _manifold_at(n, generated, reference, seed, paired)
         scores["at_equal_n"] = {"clips": n, **at_n, **made, **made_manifold}
         scores["floor"] = {"clips": n, **floor, **real, **real_manifold}
     progress("scores", total, total)
@@ -83,27 +92,30 @@ def compare(generated: Clips, reference: Clips, seed: int = 0, progress: Progres
 
 
 def memorization(generated: Clips, reference: Clips, train: Clips) -> tuple[dict[str, Any], Nearest, Nearest]:
-    """Whether generated clips lie nearer to training clips than recordings do that the generator never heard.
+    """Whether generated windows lie nearer to training windows than those of recordings that the generator never heard.
 
     Returns:
         The scores, with the closest pairs as numbers of clips; the nearest training clip of each generated one; and that of
         each reference one.
     """
     made, real = nearest(generated, train), nearest(reference, train)
-    limit = real.distance.quantile(0.05)
+    rank = int(0.05 * (len(real.of_window) + 1))  # a window like them is nearer than the rank-th in 5 % of the cases
+    limit = real.of_window.sort().values[rank - 1] if rank else None
     closest = made.distance.argsort()[:NUM_CLOSEST].tolist()
     scores = {
-        "median_distance_generated_to_train": made.distance.median().item(),
-        "median_distance_reference_to_train": real.distance.median().item(),
-        "share_nearer_than_95_percent_of_reference": (made.distance < limit).double().mean().item(),
+        "median_distance_generated_to_train": made.of_window.median().item(),
+        "median_distance_reference_to_train": real.of_window.median().item(),
+        "share_nearer_than_95_percent_of_reference": (
+            None if limit is None else (made.of_window < limit).double().mean().item()
+        ),
         "closest": [{"generated": i, "train": int(made.clip[i]), "distance": made.distance[i].item()} for i in closest],
-    }
+    }  # fmt: skip
     return scores, made, real
 
 
-def _frechet_with_interval(generated: Clips, reference: Clips, seed: int) -> Estimate:
+def _frechet_with_interval(generated: Clips, reference: Clips, seed: int, paired: bool) -> Estimate:
     """The Fréchet distance of all clips; its interval from the same without each of up to 20 groups of them."""
-    sets = [shuffled(clips, seed, i) for i, clips in enumerate((generated, reference))]
+    sets = [shuffled(generated, seed, 0), shuffled(reference, seed, 0 if paired else 1)]
     groups = min(NUM_GROUPS, *map(len, sets))
 
     def distance(left_out: int | None) -> float:
@@ -124,45 +136,63 @@ def _infinity_scores(infinity: FrechetInfinity | str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _draws(n: int, generated: Clips, reference: Clips, seed: int, number: int) -> list[tuple[Clips, ...]]:
-    """n generated clips, n of the reference and n others of it, drawn without replacement, `number` times."""
-    drawn: list[tuple[Clips, ...]] = []
+def _draws(
+    n: int, num_generated: int, num_reference: int, seed: int, number: int, paired: bool
+) -> list[tuple[list[int], list[int], list[int]]]:
+    """Numbers of n generated clips, n of the reference and n others of it, without replacement, `number` times.
+
+    With pairs, the generated are the reconstructions of those others.
+    """
+    drawn = []
     for draw in range(number):
-        halves = shuffled(reference, seed, 10 + 2 * draw)
-        drawn.append((shuffled(generated, seed, 11 + 2 * draw)[:n], halves[:n], halves[n : 2 * n]))
+        halves = shuffled(range(num_reference), seed, 10 + 2 * draw)
+        real, other = halves[:n], halves[n : 2 * n]
+        made = other if paired else shuffled(range(num_generated), seed, 11 + 2 * draw)[:n]
+        drawn.append((made, real, other))
     return drawn
 
 
-def _frechet_at(n: int, generated: Clips, reference: Clips, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    drawn = [tuple(torch.cat(list(part)) for part in draw) for draw in _draws(n, generated, reference, seed, NUM_DRAWS)]
-    made = [frechet_distance(x, y) for x, y, _ in drawn]
-    real = [frechet_distance(other, y) for _, y, other in drawn]
-    return _spread("fid", made), _spread("fid", real)
+def _frechet_at(
+    n: int, generated: Clips, reference: Clips, seed: int, paired: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    scores: tuple[list[float], list[float]] = [], []
+    for made, real, other in _draws(n, len(generated), len(reference), seed, NUM_DRAWS, paired):
+        y = torch.cat([reference[i] for i in real])
+        scores[0].append(frechet_distance(torch.cat([generated[i] for i in made]), y))
+        scores[1].append(frechet_distance(torch.cat([reference[i] for i in other]), y))
+    return _spread("fid", scores[0]), _spread("fid", scores[1])
 
 
 def _kad_at(kernels: Kernel, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    clips, made = len(kernels.num_windows), kernels.num_generated
-    n = min(made, (clips - made) // 2)
+    clips, num_generated = len(kernels.means), kernels.num_generated
+    n = min(num_generated, (clips - num_generated) // 2)
     members = torch.zeros(3, clips, NUM_DRAWS)
-    generator = np.random.default_rng([seed, 4])
-    for draw in range(NUM_DRAWS):
-        halves = made + torch.from_numpy(generator.permutation(clips - made))
-        members[0, torch.from_numpy(generator.permutation(made))[:n], draw] = 1
-        members[1, halves[:n], draw] = 1
-        members[2, halves[n : 2 * n], draw] = 1
-    x, y, other = members
-    return _spread("kad", discrepancy(kernels, x, y).tolist()), _spread("kad", discrepancy(kernels, other, y).tolist())
+    draws = _draws(n, num_generated, clips - num_generated, seed, NUM_DRAWS, kernels.paired)
+    for draw, (made, real, other) in enumerate(draws):
+        members[0, made, draw] = 1
+        members[1, [num_generated + i for i in real], draw] = 1
+        members[2, [num_generated + i for i in other], draw] = 1
+    x, y, z = members
+    made_scores, real_scores = discrepancy(kernels, x, y), discrepancy(kernels, z, y)
+    return (
+        {"kad_clips": n, **_spread("kad", made_scores.tolist())}, {"kad_clips": n, **_spread("kad", real_scores.tolist())}
+    )  # fmt: skip
 
 
-def _manifold_at(n: int, generated: Clips, reference: Clips, seed: int) -> tuple[dict[str, float], dict[str, float]]:
+def _manifold_at(
+    n: int, generated: Clips, reference: Clips, seed: int, paired: bool
+) -> tuple[dict[str, float], dict[str, float]]:
     windows = max(count_windows(clips) / len(clips) for clips in (generated, reference))
     n = max(2, min(n, int(MAX_MANIFOLD_WINDOWS / windows)))
-    drawn = _draws(n, generated, reference, seed, NUM_MANIFOLD_DRAWS)
-    if min(count_windows(clips) - max(map(len, clips)) for draw in drawn for clips in draw) < 5:
-        return {}, {}  # fewer than five neighbours
-    made = [manifold(x, y)._asdict() for x, y, _ in drawn]
-    real = [manifold(other, y)._asdict() for _, y, other in drawn]
-    return tuple({name: float(np.mean([one[name] for one in of])) for name in of[0]} for of in (made, real))  # type: ignore[return-value]
+    found: tuple[list[Manifold], list[Manifold]] = [], []
+    for made, real, other in _draws(n, len(generated), len(reference), seed, NUM_MANIFOLD_DRAWS, paired):
+        x, y, z = [generated[i] for i in made], [reference[i] for i in real], [reference[i] for i in other]
+        if min(count_windows(clips) - max(map(len, clips)) for clips in (x, y, z)) < NUM_NEIGHBOURS:
+            return {}, {}
+        found[0].append(manifold(x, y, NUM_NEIGHBOURS))
+        found[1].append(manifold(z, y, NUM_NEIGHBOURS))
+    means = [dict(zip(Manifold._fields, np.mean(of_draws, axis=0).tolist(), strict=True)) for of_draws in found]
+    return {"manifold_clips": n, **means[0]}, {"manifold_clips": n, **means[1]}
 
 
 def _spread(name: str, values: Sequence[float]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ An embedding is anything with a `name`, a `sample_rate` in Hz and `__call__(audi
 (batch, 1, samples) at that rate. It may have `details`, a dictionary in JSON's types for the record of a score.
 """
 
+import hashlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -41,6 +42,9 @@ class LogMel:
     Args:
         sample_rate: of the audio, in Hz.
 
+    Raises:
+        ValueError: the rate is below 1,000 Hz.
+
     Source: ours.
     """
 
@@ -49,14 +53,18 @@ class LogMel:
     num_bands = 32
     frames_a_second = 32
     fewest_frames = 4
+    lowest_rate = 1000
 
     def __init__(self, sample_rate: int) -> None:
         self.sample_rate = sample_rate
-        self.hop_length = max(1, round(sample_rate / self.frames_a_second))
+        self.hop_length = sample_rate // self.frames_a_second
         self.n_fft = 4 * self.hop_length
+        if sample_rate < self.lowest_rate:
+            raise ValueError(f"{sample_rate} Hz is too low a rate for {self.name}, which needs {self.lowest_rate} Hz.")
         filters = mel_filterbank(sample_rate, self.n_fft, self.num_bands)
-        self.filters = filters / filters.sum(0).clamp_min(1e-12)  # the mean power of the bins in a band
+        self.filters = filters / filters.sum(0)  # the mean power of the bins in a band
         self.details = {
+            "sha256": hashlib.sha256(f"{self.name} {sample_rate}".encode()).hexdigest(),  # there are no weights
             "layer": "mean, deviation and rise less fall of 32 mel bands", "pooling": "windows of 1 s",
             "training_data": None,
         }  # fmt: skip
@@ -108,7 +116,7 @@ class EncoderWindows:
                 f"{2 * self.hop_length / self.sample_rate:.3g} s."
             )
         latent = self.encode(audio).float().mT  # (B, frames, D)
-        windows = one_second_windows(latent, max(2, round(self.sample_rate / self.hop_length)))
+        windows = one_second_windows(latent, max(2, self.sample_rate // self.hop_length))
         return torch.stack([torch.cat([w.mean(1), w.std(1, correction=0)], dim=-1) for w in windows], dim=1)
 
 

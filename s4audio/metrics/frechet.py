@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from s4audio.metrics.resampling import Clips, Estimate, count_windows, jackknife, shuffled
+from s4audio.metrics.resampling import Clips, Estimate, count_windows, effective_windows, jackknife, shuffled
 
 NUM_BLOCKS = 12  # parts of a set that subsets of FID∞ are put together from
 SUBSET_BLOCKS = (12, 10, 8, 7, 6, 5, 4, 3)  # sizes of these subsets, in blocks: about evenly spaced in 1 / size
@@ -86,7 +86,7 @@ def frechet_distance(generated: Tensor | Moments, reference: Tensor | Moments) -
     return max(0.0, (squares - 2 * torch.linalg.svdvals(R1 @ R2.mT).sum()).item())
 
 
-def frechet_infinity(generated: Clips, reference: Clips, seed: int = 0) -> FrechetInfinity | str:
+def frechet_infinity(generated: Clips, reference: Clips, seed: int = 0, paired: bool = False) -> FrechetInfinity | str:
     """The Fréchet distance without the bias of few samples: a line in 1 / size through subsets, read at 0.
 
     Both sets are shuffled and cut into 12 blocks of whole clips. Subsets are runs of 3 to 12 blocks, drawn without
@@ -97,24 +97,26 @@ def frechet_infinity(generated: Clips, reference: Clips, seed: int = 0) -> Frech
         generated: (windows, d) of each clip.
         reference: as generated.
         seed: of the shuffles.
+        paired: generated clip i is a reconstruction of reference clip i; both are in a subset, or neither.
 
     Returns:
-        The estimate, or a sentence that says why there can be none: fewer than 4 d windows, or fewer than 12 clips.
+        The estimate, or a sentence that says why there can be none: fewer than 12 clips, or than 4 d effective windows.
 
     Source: Chong and Forsyth 2020, "Effectively unbiased FID and Inception score and where to find them"; subsets of both
     sets, in blocks, and the interval are ours.
     """
     d = generated[0].shape[-1]
-    sets = [shuffled(generated, seed, 0), shuffled(reference, seed, 1)]
-    for name, clips in zip(("generated", "reference"), sets, strict=True):
-        num_windows = count_windows(clips)
-        if len(clips) < NUM_BLOCKS or num_windows < 4 * d:
+    sets = [shuffled(generated, seed, 0), shuffled(reference, seed, 0 if paired else 1)]
+    effective = [effective_windows(clips) for clips in sets]
+    for name, clips, number in zip(("generated", "reference"), sets, effective, strict=True):
+        if len(clips) < NUM_BLOCKS or number < 4 * d:
+            alike = f", of which those of a clip are so alike that they say as much as {number:.0f}"
             return (
-                f"FID∞ needs at least {NUM_BLOCKS} clips and {4 * d} windows (4 for each of the {d} dimensions) a "
-                f"side; the {name} set has {len(clips)} and {num_windows}. KAD has no such bias."
+                f"FID∞ needs at least {NUM_BLOCKS} clips and {4 * d} independent windows (4 for each of the {d} dimensions) "
+                f"a side; the {name} set has {len(clips)} clips with {count_windows(clips)} windows"
+                f"{alike if number < 0.95 * count_windows(clips) else ''}. KAD has no such bias."
             )
-    smallest = min(map(count_windows, sets)) / NUM_BLOCKS
-    sizes = [size for size in SUBSET_BLOCKS if size * smallest >= 1.5 * d]
+    sizes = [size for size in SUBSET_BLOCKS if size * min(effective) / NUM_BLOCKS >= 1.5 * d]
     groups = min(NUM_GROUPS, *map(len, sets))
     line = _line(sets, sizes)
     without = [_line(sets, sizes, partial(_outside, groups, group)).intercept for group in range(groups)]

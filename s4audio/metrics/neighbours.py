@@ -28,6 +28,7 @@ class Nearest(NamedTuple):
 
     distance: Tensor  # (clips,) mean over the clip's windows of the distance to the nearest window of that clip
     clip: Tensor  # (clips,) its number
+    of_window: Tensor  # (windows of all clips,) distance to the nearest window of any of the others
 
 
 def manifold(generated: Clips, reference: Clips, num_neighbours: int = 5) -> Manifold:
@@ -41,7 +42,8 @@ def manifold(generated: Clips, reference: Clips, num_neighbours: int = 5) -> Man
     Source: Kynkäänniemi et al. 2019, "Improved precision and recall metric"; Naeem et al. 2020, "Reliable fidelity and
     diversity metrics for generative models".
     """
-    x, y = torch.cat(list(generated)).float(), torch.cat(list(reference)).float()
+    generated, reference = _centred(reference, generated), _centred(reference, reference)
+    x, y = torch.cat(generated), torch.cat(reference)
     radius_x, radius_y = _radii(generated, num_neighbours), _radii(reference, num_neighbours)
     inside = torch.zeros(len(x))  # in how many balls of the reference each generated window lies
     covered, recalled = torch.zeros(len(y), dtype=torch.bool), torch.zeros(len(y), dtype=torch.bool)
@@ -63,19 +65,29 @@ def nearest(clips: Clips, others: Clips) -> Nearest:
 
     Source: ours.
     """
-    y, of_other = torch.cat(list(others)).float(), clip_of_window(others)
-    found = []
+    clips, others = _centred(others, clips), _centred(others, others)
+    y, of_other = torch.cat(others), clip_of_window(others)
+    found, of_window = [], []
     for clip in clips:
-        distance = torch.cdist(clip.float(), y)  # (windows, all windows of the others)
+        distance = torch.cdist(clip, y)  # (windows, all windows of the others)
         to_clip = torch.full((len(clip), len(others)), torch.inf)
         to_clip.scatter_reduce_(1, of_other.expand_as(distance), distance, "amin")
         found.append(to_clip.mean(0).min(0))
-    return Nearest(torch.stack([one.values for one in found]), torch.stack([one.indices for one in found]))
+        of_window.append(distance.amin(1))
+    return Nearest(
+        torch.stack([one.values for one in found]), torch.stack([one.indices for one in found]), torch.cat(of_window)
+    )
+
+
+def _centred(reference: Clips, clips: Clips) -> list[Tensor]:
+    """The clips about the reference's mean: distances lose fewer digits near the origin."""
+    centre = torch.cat(list(reference)).double().mean(0)
+    return [(clip.double() - centre).float() for clip in clips]
 
 
 def _radii(clips: Clips, num_neighbours: int) -> Tensor:
     """(windows,) distance of each window to its num_neighbours-th neighbour."""
-    vectors, of_clip = torch.cat(list(clips)).float(), clip_of_window(clips)
+    vectors, of_clip = torch.cat(list(clips)), clip_of_window(clips)
     most = max(len(clip) for clip in clips)
     if len(vectors) - most < num_neighbours:
         raise ValueError(

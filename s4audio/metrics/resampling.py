@@ -53,3 +53,22 @@ def count_windows(clips: Clips) -> int:
 def clip_of_window(clips: Clips) -> Tensor:
     """(windows of all clips,) the number of each one's clip."""
     return torch.repeat_interleave(torch.arange(len(clips)), torch.tensor([len(clip) for clip in clips]))
+
+
+def effective_windows(clips: Clips) -> float:
+    """How many independent windows say as much about a mean as these do: fewer than there are, if those of a clip are alike.
+
+    n / (1 + (w - 1) r), with the windows a clip has, w, and their intraclass correlation, r, over all dimensions together.
+
+    Source: Kish 1965, "Survey sampling", section 5.4; r by one-way analysis of variance.
+    """
+    n, number = count_windows(clips), len(clips)
+    if n == number:
+        return float(n)
+    vectors, lengths = torch.cat(list(clips)).double(), torch.tensor([len(clip) for clip in clips]).double()
+    means = torch.stack([clip.double().mean(0) for clip in clips])
+    within = sum((clip.double() - mean).square().sum() for clip, mean in zip(clips, means, strict=True)) / (n - number)
+    between = (lengths * (means - vectors.mean(0)).square().sum(1)).sum() / (number - 1)
+    typical = (n - lengths.square().sum() / n) / (number - 1)  # windows of a clip, for clips of varying lengths
+    alike = ((between - within) / (between + (typical - 1) * within)).nan_to_num(1.0).clamp(0, 1)  # 0 / 0: all the same
+    return float(n / (1 + (lengths.square().sum() / n - 1) * alike))

@@ -113,6 +113,7 @@ class Progress(lightning.Callback):
         self.sample_rate, self.every_seconds = sample_rate, every_seconds
         self.console = Console()
         self.bar: Bar | None = None
+        self.warned = False
 
     def on_train_start(self, trainer: lightning.Trainer, task: lightning.LightningModule) -> None:
         self.started = self.last_line = time.monotonic()
@@ -151,7 +152,7 @@ class Progress(lightning.Callback):
     def on_validation_start(self, trainer: lightning.Trainer, task: lightning.LightningModule) -> None:
         self.validation_started = time.monotonic()
 
-    def on_validation_end(self, trainer: lightning.Trainer, task: lightning.LightningModule) -> None:
+    def on_validation_end(self, trainer: lightning.Trainer, task: Any) -> None:
         self.validating += time.monotonic() - self.validation_started
         scores = {
             name.removeprefix("valid/"): float(v)
@@ -160,6 +161,20 @@ class Progress(lightning.Callback):
         }
         text = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
         self.console.print(f"step {trainer.global_step}: held out: {text}", highlight=False, soft_wrap=True)
+        warmed_up = trainer.global_step >= max(task.loss_warmup_steps.values(), default=0)
+        if "active_dimensions" in scores and warmed_up:
+            self._warn_of_collapse(scores["active_dimensions"], task.model.latent_channels)
+
+    def _warn_of_collapse(self, active: float, number: int) -> None:
+        """Says once that a VAE ignores most of its latent."""
+        if active < number / 2 and not self.warned:
+            self.warned = True
+            self.console.print(
+                f"only {active:.0f} of {number} latent dimensions say anything about the held-out clips: the others have "
+                "collapsed onto the prior. Try a smaller loss_weights.kl, a longer loss_warmup_steps.kl, more free_nats, or "
+                "fewer latent_channels.",
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip
 
     def on_train_end(self, trainer: lightning.Trainer, task: lightning.LightningModule) -> None:
         if self.bar is None and trainer.global_step > self.first_step:

@@ -49,7 +49,6 @@ class GenerativeTask(lightning.LightningModule):
         self.loss_weights, self.loss_warmup_steps = loss_weights or {}, loss_warmup_steps or {}
         self.lr, self.ssm_lr, self.weight_decay, self.betas = lr, ssm_lr, weight_decay, betas
         self.warmup_steps, self.decay_steps = warmup_steps, decay_steps
-        self.warned = False
         parameter_groups(model, lr, ssm_lr, weight_decay)  # refuses a wrong rate now, not after the data is read
 
     def configure_optimizers(self) -> Any:
@@ -102,23 +101,10 @@ class GenerativeTask(lightning.LightningModule):
             self.log("valid/si_sdr_db", score, batch_size=int(audible.sum()), on_epoch=True)
         values = {f"valid/{name}": loss for name, loss in losses.items()}
         self.log_dict({**values, "valid/loss": self.total_loss(losses)}, batch_size=batch.shape[0], on_epoch=True)
-        if batch_idx == 0 and hasattr(self.model, "active_dimensions"):
-            self._watch_collapse(batch)
+        if hasattr(self.model, "active_dimensions"):
+            self.log("valid/active_dimensions", float(self.model.active_dimensions(batch)), batch_size=batch.shape[0])
         if batch_idx == 0:
             self._show(batch[0], estimate[0])
-
-    def _watch_collapse(self, batch: Tensor) -> None:
-        """Logs how many latent channels are in use, and warns once if they are few."""
-        active, number = self.model.active_dimensions(batch), self.model.latent_channels
-        self.log("valid/active_dimensions", float(active))
-        warmed_up = self.global_step >= max(self.loss_warmup_steps.values(), default=0)
-        if warmed_up and active < number / 2 and not self.warned:
-            self.warned = True
-            print(
-                f"only {active} of {number} latent dimensions say anything about the held-out clips: the others have "
-                "collapsed onto the prior. Try a smaller loss_weights.kl, a longer loss_warmup_steps.kl, more free_nats, or "
-                "fewer latent_channels."
-            )
 
     def _show(self, clip: Tensor, estimate: Tensor) -> None:
         """The first validation clip and its reconstruction, to hear and to see in TensorBoard."""

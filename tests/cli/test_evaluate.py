@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from s4audio import checkpoint
+from s4audio import CausalAutoencoder, checkpoint, save
 from s4audio.cli import main
 from tests.cli.commands import refused
 
@@ -16,7 +16,7 @@ from tests.cli.commands import refused
 def folders(tmp_path_factory) -> dict[str, Path]:
     """Three folders of tones at 4 kHz: real ones, ones like them, and higher ones."""
     generator, root = np.random.default_rng(0), tmp_path_factory.mktemp("folders")
-    for name, number, pitch in (("real", 12, 1), ("near", 10, 1), ("far", 10, 3)):
+    for name, number, pitch in (("real", 16, 1), ("near", 10, 1), ("far", 10, 3)):
         (root / name).mkdir()
         for index in range(number):
             tone = 0.3 * np.sin(2 * np.pi * pitch * generator.uniform(200, 400) * np.arange(4000) / 4000)
@@ -35,7 +35,7 @@ def test_table_and_json(folders, tmp_path, capsys):
     assert (
         "generated: 10 clips" in said and "real against real" in said and "can be told from the reference (p = 0.0" in said
     )
-    assert f"{found['kad']:.2f}" in said and found["fid_infinity"] is None and "FID∞ needs" in said
+    assert f"{found['kad']:#.3g}" in said and found["fid_infinity"] is None and "FID∞ needs" in said
     assert found["provenance"]["made_by"] == []
     assert {"fid", "fid_interval", "kad", "kad_interval", "floor", "at_equal_n", "verdict", "defects", "warnings"} <= set(
         found
@@ -61,12 +61,13 @@ def test_comparison_of_two_results(folders, tmp_path, capsys):
     assert main(["evaluate", "--compare", str(near), str(far)]) == 0
     assert f"{near} is closer to the reference" in capsys.readouterr().out
     assert main(["evaluate", "--compare", str(near), str(near)]) == 0
-    assert "neither is surely closer" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "neither is surely closer" in said and f"note on {near}: with fewer than 20 clips" in said
     for change, field in (
         (["--seed", "1"], "seed is 0 in one and 1 in the other"),
         (["--normalize", "none"], "normalize is peak in one and none in the other"),
         (["--sample-rate", "3000"], "embedding.sample_rate is 4000 in one and 3000 in the other"),
-        (["--clip-seconds", "0.5"], "clip_seconds is None in one and 0.5 in the other"),
+        (["--paired"], "paired is False in one and True in the other"),
     ):
         score(folders, "near", again, *change)
         capsys.readouterr()
@@ -75,8 +76,13 @@ def test_comparison_of_two_results(folders, tmp_path, capsys):
     result["provenance"]["reference"]["sha256"] = "0"
     again.write_text(json.dumps(result))
     assert "reference.sha256" in refused(capsys, "evaluate", "--compare", str(near), str(again))
-    again.write_text('{"kad": 1}')
-    assert "is no result of `s4audio evaluate --json`" in refused(capsys, "evaluate", "--compare", str(near), str(again))
+    whole = json.loads(near.read_text())
+    for change in ({"kad": None}, {"kad_interval": 3}, {"provenance": {}}, {"fid_interval": None}, {"warnings": 1}):
+        again.write_text(json.dumps({**whole, **change}))
+        assert "is no result of `s4audio evaluate --json`" in refused(capsys, "evaluate", "--compare", str(near), str(again))
+    for text in ("[]", "{", '{"kad": 1}', "1"):
+        again.write_text(text)
+        assert "is no result of `s4audio evaluate --json`" in refused(capsys, "evaluate", "--compare", str(near), str(again))
 
 
 def test_a_trained_encoder_and_a_judge_of_its_own_work(folders, model, tmp_path, capsys):
@@ -91,9 +97,18 @@ def test_a_trained_encoder_and_a_judge_of_its_own_work(folders, model, tmp_path,
     embedding = found["provenance"]["embedding"]
     assert embedding["sha256"] == sha256 and embedding["name"] == f"CausalAutoencoder {sha256[:12]}"
     assert found["provenance"]["made_by"] == [{"class": "CausalAutoencoder", "sha256": sha256}]
-    assert found["paired"]["pairs"] == 12
+    assert found["paired"]["pairs"] == 16
     assert main(["evaluate", str(made), str(folders["real"])]) == 0
     assert "a judge of its own work" not in capsys.readouterr().out
+    (made / "generated.json").write_text("{")
+    assert main(["evaluate", str(made), str(folders["real"])]) == 0
+    assert "generated.json cannot be read, so which model made these clips is not known" in capsys.readouterr().out
+
+
+def test_an_embedding_that_hears_two_channels_is_refused(folders, tmp_path, capsys):
+    save(CausalAutoencoder(4000, strides=(4,), widths=(4, 8), d_state=8, channels=2), tmp_path / "stereo")
+    arguments = [str(folders["near"]), str(folders["real"]), "--embedding", str(tmp_path / "stereo")]
+    assert "hears 2 channels; an embedding hears one" in refused(capsys, "evaluate", *arguments)
 
 
 def test_sensitivity_card(folders, tmp_path, capsys):
@@ -102,7 +117,11 @@ def test_sensitivity_card(folders, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "nothing, real against real" in said and "white noise, 0 dB below" in said and "it does not hear" in said
     found = json.loads(path.read_text())
-    assert len(found["rows"]) == 17 and "6 dB quieter" in found["not_noticed"]
+    assert (
+        found["provenance"]["embedding"]["name"] == "log_mel_1"
+        and len(found["rows"]) == 17
+        and "6 dB quieter" in found["not_noticed"]
+    )
 
 
 def test_wrong_input_is_a_sentence_and_no_number(folders, model, tmp_path, capsys):
@@ -113,17 +132,18 @@ def test_wrong_input_is_a_sentence_and_no_number(folders, model, tmp_path, capsy
     (tmp_path / "empty").mkdir()
     other_rate = tmp_path / "rate"
     other_rate.mkdir()
-    soundfile.write(other_rate / "a.wav", 0.1 * np.ones(8000), 8000)
+    for name in "abc":
+        soundfile.write(other_rate / f"{name}.wav", 0.1 * np.ones(8000), 8000)
     hole = tmp_path / "hole"
     hole.mkdir()
-    for name in "ab":
+    for name in "abc":
         soundfile.write(hole / f"{name}.wav", np.array([0.1, np.nan] * 4000), 4000, subtype="FLOAT")
     out = tmp_path / "scores.json"
     for arguments, message in (
         ([], "evaluate takes GENERATED and REFERENCE"),
         ([made], "evaluate takes GENERATED and REFERENCE"),
         ([made, real, "--compare", "a", "b"], "evaluate takes GENERATED and REFERENCE"),
-        ([str(one), real], "has one clip only"),
+        ([str(one), real], "has 1 clip; a score"),
         ([str(tmp_path / "empty"), real], "holds no audio file"),
         ([str(tmp_path / "missing"), real], "does not exist"),
         ([str(other_rate), real], "2 sample rates"),
@@ -131,8 +151,15 @@ def test_wrong_input_is_a_sentence_and_no_number(folders, model, tmp_path, capsy
         ([made, real, "--embedding", "vggish"], "neither log_mel nor a folder that holds a model"),
         ([made, real, "--embedding", str(one)], "is not a model"),
         ([made, real, "--seed", "-1"], "seed"),
+        ([made, real, "--report", str(one / "a.wav")], "is no place where a file can be written"),
+        (
+            ["--sensitivity", "log_mel", real, "--paired"],
+            "--paired goes with GENERATED and REFERENCE, not with --sensitivity",
+        ),
         (["--compare", str(tmp_path / "no.json"), str(tmp_path / "no.json")], "is no result"),
-        (["--sensitivity", "log_mel", str(one)], "has 1 clips; a sensitivity card needs 8"),
+        (["--sensitivity", "log_mel", str(one)], "has 1 clips; a sensitivity card needs 16"),
     ):
-        assert message in refused(capsys, "evaluate", *arguments, "--json", str(out)), arguments
+        place = [] if "--compare" in arguments else ["--json", str(out)]
+        assert message in refused(capsys, "evaluate", *arguments, *place), arguments
     assert not out.exists()
+    assert "is no place" in refused(capsys, "evaluate", made, real, "--json", str(tmp_path))

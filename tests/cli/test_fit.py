@@ -15,7 +15,7 @@ from s4audio.checkpoint import read_config
 from s4audio.cli import main
 from s4audio.tasks.callbacks import RunFolder
 from s4audio.tasks.generative import DivergenceError, GenerativeTask
-from tests.cli.commands import RECIPE, fit, refused
+from tests.cli.commands import RECIPE, ROOT, fit, refused
 
 
 def weights(out: Path) -> bytes:
@@ -231,3 +231,22 @@ def test_a_short_run_is_scored_and_short_options_are_understood(folder, tmp_path
     assert "step 3: held out: si_sdr_db" in told and "best on the held-out clips" in told
     held_out = re.search(r"held out: (tone\d\.wav)", told)
     assert held_out and f"{held_out[1]} through the model" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_vae_trains_and_says_that_it_has_collapsed(folder, tmp_path, capsys):
+    recipe = str(ROOT / "recipes" / "vae_classical.yaml")
+    small = ["--model.init_args.model.init_args.widths", "[4,8,8,8]", "--model.init_args.loss_weights.kl", "1000"]
+    small += ["--model.init_args.loss_warmup_steps.kl", "0", "--model.init_args.model.init_args.free_nats", "0"]
+    data = ["--train", str(folder), "--valid", str(folder)]
+    arguments = ["fit", "--config", recipe, *data, "--out", str(tmp_path / "run"), "--steps", "30", *small]
+    assert main([*arguments, "--data.init_args.batch_size", "2", "--data.init_args.clip_seconds", "1"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"only \d+ of 32 latent dimensions say anything", said) and "active_dimensions" in said
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "What it remembers" not in page  # it has no state space
+    assert main(["info", str(tmp_path / "run" / "best")]) == 0 and "no state-space layers" in capsys.readouterr().out
+    assert (
+        main(["generate", str(tmp_path / "run" / "best"), "--from", "noise", "--num", "1", "--out", str(tmp_path / "g")])
+        == 0
+    )

@@ -50,12 +50,13 @@ def test_the_same_seed_gives_the_same_scores():
 
 
 def test_few_clips_have_scores_and_reasons():
-    scores, infinity = compare(clips(2, 0), clips(3, 1))
+    scores, infinity = compare(clips(3, 0), clips(3, 1))
     assert infinity is None and scores["fid_infinity"] is None and "needs at least 12 clips" in scores["fid_infinity_reason"]
     assert scores["floor"] is None and "4 reference clips" in scores["floor_reason"]
-    assert np.isfinite(scores["fid"]) and np.isfinite(scores["kad"])
-    with pytest.raises(ValueError, match="the generated set has 1 clip; a spread needs two"):
-        compare(clips(1, 0), clips(3, 1))
+    assert np.isfinite([scores["fid"], scores["kad"], *scores["fid_interval"], *scores["kad_interval"]]).all()
+    assert scores["verdict"] == {"distinguishable": None, "p_value": None}  # 3 against 3 can be shuffled in 10 ways
+    with pytest.raises(ValueError, match="the generated set has 2 clips; a spread and its interval need 3"):
+        compare(clips(2, 0), clips(3, 1))
 
 
 def test_more_dimensions_than_vectors():
@@ -66,7 +67,24 @@ def test_more_dimensions_than_vectors():
 def test_large_sets_are_thinned_for_what_costs_their_square(monkeypatch):
     monkeypatch.setattr("s4audio.metrics.comparison.MAX_KERNEL_CLIPS", 25)
     scores, _ = compare(clips(40, 0), clips(60, 1))
-    assert scores["kad_clips"] == [25, 25]
+    assert scores["kad_clips"] == [25, 25] and scores["floor"]["kad_clips"] == 12 and scores["floor"]["clips"] == 30
+
+
+def test_floor_depends_on_the_reference_alone():
+    real = clips(40, 1)
+    floors = [compare(clips(number, 0), real)[0]["floor"] for number in (20, 30)]
+    assert floors[0] == floors[1]
+
+
+def test_reconstructions_are_compared_as_pairs():
+    real = clips(40, 0)
+    copies, _ = compare(real, real, paired=True)
+    assert copies["fid"] < 1e-9 and copies["kad"] == pytest.approx(0, abs=1e-9) and not copies["verdict"]["distinguishable"]
+    assert copies["at_equal_n"]["fid"] == copies["floor"]["fid"] and copies["at_equal_n"]["kad"] == copies["floor"]["kad"]
+    worse, _ = compare([clip + 0.5 for clip in real], real, paired=True)
+    assert worse["verdict"]["distinguishable"] and worse["at_equal_n"]["fid"] > worse["floor"]["fid"]
+    with pytest.raises(ValueError, match="there are 39 generated and 40 reference clips; pairs need as many"):
+        compare(real[1:], real, paired=True)
 
 
 def test_copies_are_found():
@@ -77,5 +95,18 @@ def test_copies_are_found():
     assert (first["generated"], first["train"]) == (9, 11) and (second["generated"], second["train"]) == (8, 7)
     assert first["distance"] < 1e-3 and scores["share_nearer_than_95_percent_of_reference"] >= 0.2
     assert len(to_train.distance) == 10 and len(real_to_train.distance) == 30
-    honest, _, _ = memorization(clips(200, 3), clips(200, 4), train)
-    assert honest["share_nearer_than_95_percent_of_reference"] == pytest.approx(0.05, abs=0.05)
+
+
+@pytest.mark.parametrize("number, windows", [(30, (4, 4)), (200, (4, 4)), (100, (1, 10)), (100, (10, 1))])
+def test_chance_makes_five_percent_look_like_copies(number, windows):
+    """Also where clips are of other lengths."""
+    shares = []
+    for repeat in range(10):
+        made, real = clips(number, 3 + repeat, windows=windows[0]), clips(number, 100 + repeat, windows=windows[1])
+        shares.append(memorization(made, real, clips(30, 0))[0]["share_nearer_than_95_percent_of_reference"])
+    assert np.mean(shares) == pytest.approx(0.05, abs=0.02)
+
+
+def test_too_few_windows_say_nothing_about_copies():
+    scores, _, _ = memorization(clips(3, 0), clips(3, 1), clips(3, 2))
+    assert scores["share_nearer_than_95_percent_of_reference"] is None and len(scores["closest"]) == 3

@@ -14,7 +14,7 @@ def hz_of_slaney_mel(mel):
 
 def log_mel_in_numpy(audio: np.ndarray, rate: int) -> np.ndarray:
     """(samples,) -> (windows, 96), from the docstring."""
-    hop = round(rate / 32)
+    hop = rate // 32
     n_fft = 4 * hop
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(n_fft) / n_fft)
     padded = np.pad(audio, n_fft // 2)
@@ -34,8 +34,8 @@ def log_mel_in_numpy(audio: np.ndarray, rate: int) -> np.ndarray:
     return np.concatenate([windows.mean(1), 2 * windows.std(1), 4 * skew], axis=-1)
 
 
-@pytest.mark.parametrize("rate", [3000, 8000, 16000, 44100])
-@pytest.mark.parametrize("seconds", [0.13, 0.9, 2.7])
+@pytest.mark.parametrize("rate", [3000, 8000, 11025, 44100])
+@pytest.mark.parametrize("seconds", [0.13, 0.9, 1, 2, 2.7, 5])
 def test_log_mel_is_its_definition(rate, seconds):
     audio = 0.3 * torch.randn(1, 1, round(seconds * rate)) * torch.linspace(0, 1, round(seconds * rate))
     found = LogMel(rate)(audio)
@@ -80,6 +80,17 @@ def test_windows_of_an_encoder_are_mean_and_deviation_over_a_second():
     wanted = torch.stack([torch.cat([w.mean(1), w.std(1, correction=0)]) for w in (frames[:, :20], frames[:, 20:40])])
     torch.testing.assert_close(embedding(audio)[0], wanted)
     assert embedding.details["sha256"] == "x" and embedding(audio[..., :40]).shape == (1, 1, 8)
+
+
+@pytest.mark.parametrize("hop_length", [100, 128, 441])
+def test_every_whole_second_is_a_window(hop_length):
+    embedding = EncoderWindows(lambda audio: audio[..., ::hop_length], 44100, hop_length, "mine", {})
+    assert [embedding(torch.randn(1, 1, 44100 * seconds)).shape[1] for seconds in (1, 3, 10)] == [1, 3, 10]
+
+
+def test_too_low_a_rate_is_a_sentence():
+    with pytest.raises(ValueError, match="900 Hz is too low a rate for log_mel_1, which needs 1000 Hz"):
+        LogMel(900)
 
 
 def test_one_second_windows():

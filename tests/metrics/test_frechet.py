@@ -1,5 +1,6 @@
 """The Fréchet distance against closed forms and torchmetrics, and FID∞ with its interval against the truth."""
 
+import re
 import time
 
 import numpy as np
@@ -141,4 +142,42 @@ def test_infinity_says_why_it_cannot_be(clips, windows):
     few, enough = [torch.randn(windows, 10) for _ in range(clips)], [torch.randn(5, 10) for _ in range(50)]
     for arguments in ((few, enough), (enough, few)):
         reason = frechet_infinity(*arguments)
-        assert reason.startswith("FID∞ needs at least 12 clips and 40 windows") and str(clips * windows) in reason
+        assert reason.startswith("FID∞ needs at least 12 clips and 40 independent windows")
+        assert f"has {clips} clips with {clips * windows} windows" in reason
+
+
+def test_windows_that_are_alike_do_not_count_as_many():
+    """20 clips of 30 windows that hardly differ say no more than 20 windows; a line through them would lead astray."""
+    generator = np.random.default_rng(0)
+    sets = [
+        [torch.from_numpy(generator.standard_normal(10) + 0.3 * generator.standard_normal((30, 10))) for _ in range(20)]
+        for _ in range(2)
+    ]
+    reason = frechet_infinity(*sets)
+    assert isinstance(reason, str) and re.search(
+        r"600 windows, of which those of a clip are so alike that .* as 2\d\.", reason
+    )
+
+
+def test_infinity_of_windows_that_are_somewhat_alike():
+    """Half of the variance is the clip's: with enough clips the interval still holds the truth, 0."""
+    held = 0
+    for repeat in range(10):
+        generator = np.random.default_rng(repeat)
+        sets = [
+            [
+                torch.from_numpy(generator.standard_normal(8) + generator.standard_normal((10, 8))) / 2**0.5
+                for _ in range(150)
+            ]
+            for _ in range(2)
+        ]
+        found = frechet_infinity(*sets, seed=repeat).estimate
+        held += found.low <= 0 <= found.high
+    assert held >= 8
+
+
+def test_infinity_of_reconstructions_is_not_below_that_of_fresh_clips():
+    """Pairs in the same subsets at every size: a perfect reconstruction is at 0, however few the clips."""
+    generator = np.random.default_rng(0)
+    real = one_window_each(generator.standard_normal((300, 8)))
+    assert frechet_infinity(real, real, paired=True).estimate.value == pytest.approx(0, abs=1e-9)

@@ -20,16 +20,14 @@ def clips(generator: torch.Generator, number: int, d: int = 5, shift: float = 0.
 
 
 def mean_kernel(first, second, width):
-    """The mean over pairs of windows of different clips, by loops."""
-    values = [
-        math.exp(-(x - y).square().sum().item() / (2 * width**2))
-        for a in first
-        for b in second
-        if a is not b
-        for x in a
-        for y in b
-    ]
-    return sum(values) / len(values)
+    """The mean over pairs of different clips of the mean over their windows, by loops."""
+
+    def of_clips(a, b):
+        values = [math.exp(-(x - y).square().sum().item() / (2 * width**2)) for x in a for y in b]
+        return sum(values) / len(values)
+
+    pairs = [of_clips(a, b) for a in first for b in second if a is not b]
+    return sum(pairs) / len(pairs)
 
 
 def test_is_the_definition():
@@ -48,18 +46,54 @@ def test_is_the_definition():
     assert found.high - found.value == pytest.approx(1.959964 * variance**0.5, rel=1e-4)
 
 
+def test_pairs_are_not_compared_with_themselves():
+    """Reconstructions are not independent of their originals: without care they score below 0, and are never told apart."""
+    found, wrong, seen = [], 0, 0
+    for repeat in range(60):
+        generator = torch.Generator().manual_seed(repeat)
+        real = clips(generator, 20)
+        made = [clip + 0.1 * torch.randn(1, 5, generator=generator) for clip in real]
+        between = kernel(made, real, bandwidth(real), paired=True)
+        found.append(kernel_audio_distance(between).value)
+        wrong += permutation_test(between, repeat, 99) < 0.05
+        shifted = [clip + 0.3 for clip in made]
+        seen += permutation_test(kernel(shifted, real, bandwidth(real), paired=True), repeat, 99) < 0.05
+    values = np.array(found)
+    assert abs(values.mean()) < 3 * values.std(ddof=1) / 60**0.5 and wrong <= 7 and seen >= 55
+    naive = kernel_audio_distance(kernel(made, real, bandwidth(real))).value
+    assert naive < -1 < values.min()
+
+
+def test_clips_of_unequal_length_do_not_fool_the_verdict():
+    wrong = 0
+    for repeat in range(60):
+        generator = torch.Generator().manual_seed(repeat)
+        made, real = clips(generator, 30, windows=1), clips(generator, 30, windows=8)
+        wrong += permutation_test(kernel(made, real, bandwidth(real)), repeat, 99) < 0.05
+    assert wrong <= 7
+
+
+@pytest.mark.parametrize("number, paired, enough", [((3, 3), False, False), ((4, 4), False, True), ((3, 4), False, True),
+                                                    ((5, 5), True, False), ((6, 6), True, True)])  # fmt: skip
+def test_too_few_shuffles_give_no_p(number, paired, enough):
+    generator = torch.Generator().manual_seed(0)
+    between = kernel(clips(generator, number[0]), clips(generator, number[1]), 1.0, paired)
+    assert (permutation_test(between) is not None) == enough
+
+
 def test_blocks_change_nothing(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     made, real = ([torch.randn(1 + i % 7, 5, generator=generator) for i in range(20)] for _ in range(2))
     at_once = kernel(made, real, 2.0)
     monkeypatch.setattr("s4audio.metrics.kernel.BLOCK", 10)
-    torch.testing.assert_close(kernel(made, real, 2.0).sums, at_once.sums, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(kernel(made, real, 2.0).means, at_once.means, rtol=1e-6, atol=1e-6)
 
 
 def test_bandwidth_is_the_median_between_clips():
     real = clips(torch.Generator().manual_seed(0), 9, windows=3)
     distances = [(x - y).norm() for i, a in enumerate(real) for b in real[i + 1 :] for x in a for y in b]
     assert bandwidth(real) == pytest.approx(torch.stack(distances).median().item(), rel=1e-6)
+    assert bandwidth([*real, *[torch.ones(3, 5)] * 30]) > 0  # most distances are 0
     with pytest.raises(ValueError, match="no scale to measure with"):
         bandwidth([torch.ones(3, 4), torch.ones(2, 4)])
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from s4audio.metrics.resampling import clip_of_window, count_windows, jackknife, shuffled
+from s4audio.metrics.resampling import clip_of_window, count_windows, effective_windows, jackknife, shuffled
 
 
 def test_jackknife_of_a_mean_is_its_standard_error():
@@ -28,3 +28,24 @@ def test_shuffles_depend_on_seed_and_stream_alone():
 def test_windows_know_their_clip():
     clips = [torch.zeros(n, 2) for n in (2, 1, 3)]
     assert clip_of_window(clips).tolist() == [0, 0, 1, 2, 2, 2] and count_windows(clips) == 6
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.8])
+def test_effective_windows_are_those_that_give_the_mean_its_variance(share):
+    """`share` of the variance is the clip's."""
+    numbers, variances, generator = [], [], np.random.default_rng(0)
+    for _ in range(200):
+        clips = [
+            torch.from_numpy(
+                share**0.5 * generator.standard_normal(4) + (1 - share) ** 0.5 * generator.standard_normal((n, 4))
+            )
+            for n in generator.integers(5, 12, 30)
+        ]
+        numbers.append(effective_windows(clips))
+        variances.append(torch.cat(clips).mean(0).square().mean().item())
+    assert np.mean(numbers) == pytest.approx(1 / np.mean(variances), rel=0.15)
+
+
+def test_effective_windows_of_one_a_clip_and_of_all_the_same():
+    assert effective_windows([torch.randn(1, 3) for _ in range(7)]) == 7
+    assert effective_windows([torch.ones(5, 3)] * 4) == pytest.approx(4)

@@ -1,0 +1,143 @@
+"""Writes the tables of the README that come from evaluation/results, so that a figure cannot drift from its file.
+
+python evaluation/tables.py            writes them, between the marks <!-- table NAME --> and <!-- end -->
+python evaluation/tables.py --check    only says whether the README is up to date; exit status 1 if not
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "evaluation" / "results"
+SOURCES = {"noise": "from noise", "samples": "reconstructed"}
+
+
+def read(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(*rows: tuple[str, ...]) -> str:
+    """Rows in Markdown; the first is the heading."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
+
+
+def number(value: float | None) -> str:
+    """Three digits or so."""
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def over_seeds(row: dict[str, Any], key: str) -> str:
+    spread = row.get(f"{key}_std")
+    return number(row[key]) + (f" ± {number(spread)}" if spread is not None else "")
+
+
+def system4() -> str:
+    found = read("system4")
+    rows: list[tuple[str, ...]] = [
+        (
+            "",
+            "numbers a second",
+            "FID train",
+            "FID test",
+            "FID∞ test",
+            "KAD test",
+            "FID test by log_mel",
+            "KAD test by log_mel",
+        )
+    ]
+    by_key = {(r["model"], r["from"], r["split"], r["embedding"]): r for r in found["rows"]}
+    models = list(dict.fromkeys(row["model"] for row in found["rows"]))
+    for source, words in SOURCES.items():
+        for model in models:
+            train, test = (by_key[model, source, split, "judge"] for split in ("train", "test"))
+            log_mel = by_key[model, source, "test", "log_mel"]
+            numbers = "" if source == "noise" else f"{test['latent_numbers_a_second']:,}"
+            rows.append(
+                (
+                    f"{model}, {words}", numbers, over_seeds(train, "fid"), over_seeds(test, "fid"),
+                    over_seeds(test, "fid_infinity"), over_seeds(test, "kad"), over_seeds(log_mel, "fid"),
+                    over_seeds(log_mel, "kad"),
+                )
+            )  # fmt: skip
+    judge, log_mel = (reference["train_as_test"] for reference in found["references"])
+    rows.append(
+        (
+            "the training clips themselves", "", "0", number(judge["fid"]), number(judge["fid_infinity"]),
+            number(judge["kad"]), number(log_mel["fid"]), number(log_mel["kad"]),
+        )
+    )  # fmt: skip
+    return table(*rows)
+
+
+def real_audio() -> str:
+    rows: list[tuple[str, ...]] = [
+        ("recordings", "heard by", "clips", "thirds within the floor", "halves told apart", "rises with damage", "missed")
+    ]  # fmt: skip
+    for path in sorted(RESULTS.glob("real_audio_*.json")):
+        found = json.loads(path.read_text())
+        within, rises = found["share_of_thirds_within_floor"], found["rises_with_damage"]
+        failed = [name for name, holds in rises.items() if not holds]
+        rows.append(
+            (
+                found["collection"], "log_mel" if found["embedding"].startswith("log_mel") else "the trained encoder",
+                str(found["clips"]), f"FID {within['fid']:.0%}, KAD {within['kad']:.0%}",
+                f"{found['share_of_halves_told_apart']:.1%}", "yes" if not failed else f"not {', '.join(failed)}",
+                "; ".join(found["not_noticed"]) or "nothing",
+            )
+        )  # fmt: skip
+    return table(*rows)
+
+
+def calibration() -> str:
+    found = read("calibration")
+    rows: list[tuple[str, ...]] = [
+        ("", "truth", "mean of 200", "interval holds the truth", "half-width over 1.96 deviations")
+    ]
+    for name, results in (("FID∞", found["fid_infinity"]), ("KAD", found["kad"])):
+        for r in results:
+            mean = f"{r['mean']:.3f} ± {r['standard_error_of_mean']:.3f}"
+            rows.append(
+                (
+                    f"{name}, {r['clips']:,} clips of {r['windows']}, d = {r['dimensions']}", f"{r['truth']:g}", mean,
+                    f"{r['coverage_of_95_percent_interval']:.1%}", f"{r['half_width_over_1.96_deviations']:.2f}",
+                )
+            )  # fmt: skip
+    return table(*rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {"system4": system4, "real_audio": real_audio, "calibration": calibration}
+
+
+def renewed(text: str) -> str:
+    """The README with every table made anew."""
+
+    def replace(found: re.Match[str]) -> str:
+        return f"<!-- table {found[1]} -->\n\n{TABLES[found[1]]()}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- table (\w+) -->.*?<!-- end -->", replace, text, flags=re.DOTALL)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only say whether the README is up to date")
+    args = parser.parse_args()
+    readme = ROOT / "README.md"
+    before = readme.read_text()
+    after = renewed(before)
+    if args.check:
+        print("up to date" if before == after else "the README's tables differ from evaluation/results")
+        return int(before != after)
+    readme.write_text(after)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
