@@ -2,10 +2,10 @@
 
     python evaluation/calibration.py --json evaluation/results/calibration.json
 
-Windows are drawn from Gaussians, one a clip, or ten that share half of their variance. FID∞: 1,000 against 1,000 windows of 128 dimensions, at a true distance of 0
-and of 2; the share of the 95 % intervals that hold the truth, and how wide they are against 1.96 standard deviations of the
-estimate. KAD: its mean over repeats at 31 and at 300 clips, against its standard error. The verdict: how often it tells two
-sets of one kind apart, which should be in 5 % of the repeats.
+Windows are drawn from Gaussians, one a clip, or ten that share half of their variance. FID∞: 1,000 against 1,000 windows of
+128 dimensions, at a true distance of 0 and of 2; the share of the 95 % intervals that hold the truth, and how wide they are
+against 1.96 standard deviations of the estimate. KAD: its mean over repeats at 31 and at 300 clips, against its standard
+error. The verdict: how often it tells two sets of one kind apart, which should be in 5 % of the repeats.
 """
 
 import argparse
@@ -96,8 +96,8 @@ def main() -> None:
         found = infinity(args.repeats, distance, number, windows, dimensions)
         result["fid_infinity"].append(found)
         print(
-            f"FID∞, {windows} windows a clip, at a true distance of {distance:g}: mean {found['mean']:.3f} (plain FID {found['plain_fid_mean']:.2f}), "
-            f"interval holds the truth in {found['coverage_of_95_percent_interval']:.1%}, half-width "
+            f"FID∞, {windows} windows a clip, at a true distance of {distance:g}: mean {found['mean']:.3f} "
+            f"(plain FID {found['plain_fid_mean']:.2f}), interval holds the truth in {found['coverage_of_95_percent_interval']:.1%}, half-width "
             f"{found['half_width_over_1.96_deviations']:.2f} x 1.96 deviations",
             flush=True,
         )
@@ -105,8 +105,8 @@ def main() -> None:
         found = kernels(args.repeats, number, windows, 16)
         result["kad"].append(found)
         print(
-            f"KAD of {number} clips of {windows} windows, of one kind: mean {found['mean']:.4f} ± {found['standard_error_of_mean']:.4f}, "
-            f"interval holds 0 in {found['coverage_of_95_percent_interval']:.1%}, "
+            f"KAD of {number} clips of {windows} windows, of one kind: mean {found['mean']:.4f} ± "
+            f"{found['standard_error_of_mean']:.4f}, interval holds 0 in {found['coverage_of_95_percent_interval']:.1%}, "
             f"told apart in {found['told_apart_at_5_percent']:.1%}",
             flush=True,
         )

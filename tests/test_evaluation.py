@@ -70,9 +70,9 @@ def test_tables_of_the_readme_are_those_of_the_results():
 
 def test_calibration_says_how_often_an_interval_holds(tmp_path):
     path = tmp_path / "calibration.json"
-    run("calibration.py", "--repeats", "4", "--clips", "60", "--dimensions", "4", "--json", str(path))
+    run("calibration.py", "--repeats", "4", "--clips", "80", "--dimensions", "8", "--json", str(path))
     found = json.loads(path.read_text())
-    assert [result["truth"] for result in found["fid_infinity"]] == [0, 2] and len(found["kad"]) == 2
+    assert [result["truth"] for result in found["fid_infinity"]] == [0, 2, 0, 2] and len(found["kad"]) == 3
     assert all(0 <= result["coverage_of_95_percent_interval"] <= 1 for result in found["fid_infinity"] + found["kad"])
 
 
