@@ -97,7 +97,8 @@ def main() -> None:
         result["fid_infinity"].append(found)
         print(
             f"FID∞, {windows} windows a clip, at a true distance of {distance:g}: mean {found['mean']:.3f} "
-            f"(plain FID {found['plain_fid_mean']:.2f}), interval holds the truth in {found['coverage_of_95_percent_interval']:.1%}, half-width "
+            f"(plain FID {found['plain_fid_mean']:.2f}), interval holds the truth in "
+            f"{found['coverage_of_95_percent_interval']:.1%}, half-width "
             f"{found['half_width_over_1.96_deviations']:.2f} x 1.96 deviations",
             flush=True,
         )

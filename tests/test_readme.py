@@ -41,7 +41,7 @@ def test_commands_of_the_readme_run_in_their_order(tmp_path, monkeypatch):
     """Those of s4audio, with small recordings in the place of the reader's and one step in the place of many."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "MY_RECORDINGS").mkdir()
-    for number in range(3):
+    for number in range(16):
         tone = 0.3 * np.sin(np.arange(8000) * 0.05 * (number + 1))
         soundfile.write(tmp_path / "MY_RECORDINGS" / f"{number}.wav", tone, 16_000)
     soundfile.write(tmp_path / "MY_RECORDING.wav", tone, 16_000)
@@ -52,13 +52,18 @@ def test_commands_of_the_readme_run_in_their_order(tmp_path, monkeypatch):
             continue
         if "RECIPE" in command:  # a pattern
             continue
-        if command in ("s4audio reconstruct", "s4audio generate", "s4audio info"):  # a verb in running text
+        if command in (
+            "s4audio reconstruct",
+            "s4audio generate",
+            "s4audio info",
+            "s4audio evaluate",
+        ):  # a verb in running text
             continue
         if arguments[0] == "fit":
             arguments += QUICK.split()
         assert main(arguments) == 0, command
         ran.add(arguments[0])
-    assert {"fit", "reconstruct", "generate", "info", "doctor"} <= ran
+    assert {"fit", "reconstruct", "generate", "evaluate", "info", "doctor"} <= ran
     assert (tmp_path / "out.wav").exists() and (tmp_path / "runs" / "mine" / "report.html").exists()
 
 
