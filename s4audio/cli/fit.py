@@ -185,6 +185,9 @@ def next_commands(model: torch.nn.Module, path: Path) -> list[tuple[str, str]]:
     """What to do with a model in a folder, and how."""
     commands = [
         ("Hear a recording with noise in its latent:", f"s4audio generate {path} --from MY_RECORDING.wav --variation 0.1"),
+        ("Score what it makes of recordings:",
+            f"s4audio generate {path} --from MY_RECORDINGS --out reconstructed\n"
+            "s4audio evaluate reconstructed MY_RECORDINGS --paired --report score"),
         ("Look inside:", f"s4audio info {path}"),
         ("Train on recordings of your own:",
             "s4audio fit --config recipes/demo.yaml --train MY_RECORDINGS --out runs/mine"),

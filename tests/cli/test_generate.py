@@ -7,8 +7,9 @@ import torch
 
 from s4audio import S4DAutoencoder, load, save
 from s4audio.audio import normalize, read_audio
+from s4audio.checkpoint import fingerprint
 from s4audio.cli import main
-from s4audio.cli.generate import _distinct_names
+from s4audio.cli.generate import _distinct_names, made_by
 from tests.cli.commands import refused, wav
 
 
@@ -37,7 +38,8 @@ def test_noise_gives_the_same_clips_whatever_the_batch(model, tmp_path):
         assert np.abs(first[index].astype(int) - single[index]).max() <= 1
         assert not np.array_equal(first[index], other[index])
     assert not np.array_equal(first[0], first[1])
-    assert sorted(p.suffix for p in (tmp_path / "a").iterdir()) == [".png"] * 3 + [".wav"] * 3
+    assert sorted(p.suffix for p in (tmp_path / "a").iterdir()) == [".json"] + [".png"] * 3 + [".wav"] * 3
+    assert made_by(tmp_path / "a") == ([{"class": "CausalAutoencoder", "sha256": fingerprint(model)}], None)
 
 
 def test_recordings_are_reconstructed_or_varied(model, folder, tmp_path):

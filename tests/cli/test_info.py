@@ -25,7 +25,7 @@ def test_every_kind_of_model_has_a_description(capsys, tmp_path):
     save(S4Model(3, 10, d_model=4, num_layers=2, layer="S4", d_state=8), tmp_path / "b")
     save(S4DAutoencoder(3000), tmp_path / "a", training={"steps": 5})  # a record of somebody's own
     assert main(["info", str(tmp_path / "a")]) == 0
-    assert "no, it normalizes over the whole clip" in capsys.readouterr().out
+    assert "no, it hears the future" in capsys.readouterr().out
     assert main(["info", str(tmp_path / "b")]) == 0
     told = capsys.readouterr().out
     assert "times in samples: this model has no sample rate" in told and "S4 " in told
