@@ -25,6 +25,7 @@ from s4audio import checkpoint
 from s4audio.audio import find_audio, normalize, read_audio, write_audio
 from s4audio.cli.evaluate import embedding
 from s4audio.metrics.comparison import compare
+from s4audio.report import clips_figure, save_figure
 
 KEPT = (
     "fid",
@@ -54,6 +55,19 @@ def generate(path: str, source: str, folder: str, out: Path, seed: int) -> None:
         write_audio(out / f"{file.stem}.wav", normalize(made, "peak"), model.sample_rate)
 
 
+@torch.no_grad()
+def draw(models: dict[str, list[str]], test: str, path: str) -> None:
+    """Six seconds of a test clip, and of what the first seed of each model makes of noise."""
+    clips = {}
+    for name, paths in models.items():
+        model: Any = s4audio.load(paths[0])
+        length = 6 * model.sample_rate
+        made = model.sample(1, length, generator=torch.Generator().manual_seed(0))[0]
+        clips[f"{name}, from noise"] = normalize(made, "peak")
+    audio = read_audio(find_audio(test)[3], model.sample_rate)[0][..., :length]
+    save_figure(path, clips_figure({"a recording": normalize(audio, "peak"), **clips}, model.sample_rate))
+
+
 def summary(seeds: list[dict[str, Any]]) -> dict[str, float | None]:
     """Mean and standard deviation over seeds."""
     found: dict[str, float | None] = {}
@@ -72,7 +86,8 @@ def main() -> None:
     parser.add_argument("--judge", required=True, help="model whose encoder judges; none of those that are judged")
     parser.add_argument("--model", action="append", required=True, metavar="NAME=FOLDER,FOLDER,…")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    parser.add_argument("--json", required=True, help="file for the scores")
+    parser.add_argument("--json", help="file for the scores")
+    parser.add_argument("--picture", help="draw what each model makes of noise (PNG)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     models = {name: folders.split(",") for name, _, folders in (model.partition("=") for model in args.model)}
@@ -80,6 +95,10 @@ def main() -> None:
     for name, paths in models.items():
         if judge in [checkpoint.fingerprint(path) for path in paths]:
             raise SystemExit(f"the judge is one of the seeds of {name}; train another with a seed of its own.")
+    if args.picture:
+        draw(models, args.test, args.picture)
+    if not args.json:
+        return
     rate = s4audio.load(args.judge).sample_rate
     splits = {"train": args.train, "test": args.test}
     rows, floors = [], []

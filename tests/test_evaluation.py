@@ -99,6 +99,7 @@ def test_system_4_is_scored_from_noise_and_from_samples(model, tmp_path):
             soundfile.write(tmp_path / split / f"{number}.wav", tone, 4000)
     path = tmp_path / "system4.json"
     arguments = ["--train", str(tmp_path / "train"), "--test", str(tmp_path / "test"), "--json", str(path)]
+    arguments += ["--picture", str(tmp_path / "noise.png")]
     run("system4.py", *arguments, "--judge", str(tmp_path / "judge"), "--model", f"mine={model},{model}")
     found = json.loads(path.read_text())
     assert len(found["rows"]) == 8  # 2 embeddings, noise and samples, 2 splits

@@ -61,7 +61,7 @@ def main() -> None:
             make(made, clips, clips)
             environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "OPENBLAS_NUM_THREADS": str(args.threads)}
             command = [sys.executable, "-c", CODE, str(made), str(Path(name) / "reference"), str(args.threads)]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
             found = {"clips": clips, **json.loads(done.stdout)}
             found["clips_a_second"] = (clips + args.reference) / found["seconds"]
             result["runs"].append(found)

@@ -170,7 +170,7 @@ class Evaluator:
         embedding = self.embedding_at(rate)
         embedded = {role: self.embed(embedding, folder, files[role], rate) for role, folder in folders.items()}
         if paired:
-            partner = {made: real for made, real in pairs}
+            partner = dict(pairs)
             place = {clip.file: clip for clip in embedded["reference"].clips}
             aligned = [place[partner[clip.file]] for clip in embedded["generated"].clips]
             embedded["reference"] = embedded["reference"]._replace(clips=aligned)

@@ -134,7 +134,7 @@ def permutation_test(kernel: Kernel, seed: int = 0, num_permutations: int = 999)
     clips, made = len(kernel.means), kernel.num_generated
     shuffles = 2**made if kernel.paired else math.comb(clips, made)
     symmetric = kernel.paired or 2 * made == clips  # the same two sets in either order are one shuffle
-    if shuffles / (2 if symmetric else 1) < FEWEST_SHUFFLES:
+    if shuffles < FEWEST_SHUFFLES * (2 if symmetric else 1):
         return None
     first = torch.zeros(clips, num_permutations + 1, dtype=torch.float64)
     first[:made, 0] = 1
