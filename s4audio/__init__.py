@@ -1,6 +1,6 @@
 """s4audio: audio generation on structured state spaces."""
 
-from s4audio.checkpoint import load, save
+from s4audio.checkpoint import load, load_embedding, save
 from s4audio.layers import S4, S4D
 from s4audio.metrics import Evaluator
 from s4audio.models import CausalAutoencoder, ConvVAE, S4DAutoencoder, S4Model, stream_blocks
@@ -18,6 +18,7 @@ __all__ = [
     "S4Model",
     "backend",
     "load",
+    "load_embedding",
     "save",
     "stream_blocks",
 ]

@@ -16,12 +16,14 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 
 from s4audio.files import replacing
+from s4audio.metrics.embeddings import EncoderWindows
 from s4audio.models import CausalAutoencoder, ConvVAE, S4DAutoencoder, S4Model
 
 MODELS: dict[str, type[nn.Module]] = {
     model.__name__: model for model in (CausalAutoencoder, ConvVAE, S4DAutoencoder, S4Model)
 }
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+TRAINING_DATA = ("train_files", "train_seconds", "sample_rate", "normalize", "clip_seconds", "steps")
 
 
 class CheckpointError(ValueError):
@@ -108,6 +110,41 @@ def fingerprint(path: str | Path) -> str:
         return hashlib.sha256((Path(path) / WEIGHTS).read_bytes()).hexdigest()
     except OSError as error:
         raise CheckpointError(f"{Path(path) / WEIGHTS} is missing or unreadable ({error}).") from error
+
+
+def load_embedding(path: str | Path, device: str | torch.device = "cpu") -> EncoderWindows:
+    """The encoder of the model in a folder, for `Evaluator`; known by the SHA-256 of its weights.
+
+    Raises:
+        CheckpointError: there is no model, it has no encoder, or it hears more than one channel.
+    """
+    model: Any = load(path, device)
+    config, sha256 = read_config(path), fingerprint(path)
+    if not hasattr(model, "encode"):
+        raise CheckpointError(f"{path} is a {config['class']}, which has no encoder; an embedding needs one.")
+    if model.channels != 1:
+        raise CheckpointError(f"the model in {path} hears {model.channels} channels; an embedding hears one (mono).")
+    details = {
+        "sha256": sha256, "class": config["class"], "arguments": config["arguments"],
+        "training_data": {key: config["training"][key] for key in TRAINING_DATA if key in config["training"]},
+    }  # fmt: skip
+    name = f"{config['class']} {sha256[:12]}"
+    return EncoderWindows(lambda audio: model.encode(audio.to(device)), model.sample_rate, model.hop_length, name, details)
+
+
+def kind(path: str | Path) -> str:
+    """SHA-256 of a model's class, arguments and training data: the same for the models of one run, and of its other seeds.
+
+    Raises:
+        CheckpointError: there is no model.
+    """
+    config = read_config(path)
+    told = [
+        config["class"],
+        config["arguments"],
+        {key: config["training"].get(key) for key in TRAINING_DATA if key != "steps"},
+    ]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def _signature(name: str) -> list[str]:

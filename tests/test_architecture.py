@@ -19,7 +19,7 @@ SEES = {  # what each part may import of this package
     "metrics": {"audio", "losses", "__version__"},
     "data": {"audio"},
     "report": {"files", "audio", "losses"},
-    "checkpoint": {"files", "models"},
+    "checkpoint": {"files", "models", "metrics"},
     "tasks": {"files", "losses", "layers", "models", "metrics", "checkpoint", "report"},
     "cli": {
         "files",

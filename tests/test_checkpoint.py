@@ -1,5 +1,6 @@
 """Model folders: whole, safe, and refused in a sentence when they are not what they should be."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -8,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from s4audio import CausalAutoencoder, S4DAutoencoder, S4Model, checkpoint
-from s4audio.checkpoint import CheckpointError, load, read_config, save
+from s4audio import CausalAutoencoder, ConvVAE, S4DAutoencoder, S4Model, checkpoint
+from s4audio.checkpoint import CheckpointError, fingerprint, load, load_embedding, read_config, save
 
 MODELS = {
     "CausalAutoencoder": lambda: CausalAutoencoder(8000, strides=(2,), widths=(4, 4), d_state=4),
+    "ConvVAE": lambda: ConvVAE(8000, strides=(2,), widths=(4, 4), latent_channels=2, num_blocks=1),
     "S4DAutoencoder": lambda: S4DAutoencoder(3000, final_gelu=False),
     "S4Model": lambda: S4Model(3, 10, d_model=4, num_layers=1, layer="S4", d_state=4),
 }
@@ -127,3 +129,29 @@ def test_weights_that_do_not_fit_on_the_disk_leave_the_old_model_whole(tmp_path)
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 1 and "File too large" in run.stderr
     assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+
+
+def test_an_embedding_is_the_encoder_of_a_model(tmp_path):
+    model = CausalAutoencoder(8000, strides=(2,), widths=(4, 4), d_state=4, latent_channels=3).eval()
+    save(model, tmp_path / "model", {"train_files": 3})
+    embedding = load_embedding(tmp_path / "model")
+    audio = torch.randn(1, 1, 16000)
+    latent = model.encode(audio)[0].mT[:4000]
+    wanted = torch.cat([latent.mean(0), latent.std(0, correction=0)])
+    torch.testing.assert_close(embedding(audio)[0, 0], wanted)
+    sha256 = hashlib.sha256((tmp_path / "model" / "model.safetensors").read_bytes()).hexdigest()
+    assert embedding.details["sha256"] == sha256 and embedding.details["training_data"] == {"train_files": 3}
+    save(S4Model(3, 10, d_model=4, num_layers=1, layer="S4", d_state=4), tmp_path / "classifier")
+    with pytest.raises(CheckpointError, match="S4Model, which has no encoder"):
+        load_embedding(tmp_path / "classifier")
+
+
+def test_models_of_one_recipe_and_data_are_of_one_kind(tmp_path):
+    for name, steps, files in (("a", 1, 3), ("b", 2, 3), ("c", 1, 4)):
+        save(
+            CausalAutoencoder(8000, strides=(2,), widths=(4, 4), d_state=4),
+            tmp_path / name,
+            {"train_files": files, "steps": steps},
+        )
+    a, b, c = (checkpoint.kind(tmp_path / name) for name in "abc")
+    assert a == b != c and fingerprint(tmp_path / "a") != fingerprint(tmp_path / "b")

@@ -45,6 +45,7 @@ def test_commands_of_the_readme_run_in_their_order(tmp_path, monkeypatch):
         tone = 0.3 * np.sin(np.arange(8000) * 0.05 * (number + 1))
         soundfile.write(tmp_path / "MY_RECORDINGS" / f"{number}.wav", tone, 16_000)
     soundfile.write(tmp_path / "MY_RECORDING.wav", tone, 16_000)
+    (tmp_path / "KEPT_BACK").symlink_to(tmp_path / "MY_RECORDINGS")
     ran = set()
     for command in COMMANDS:
         program, *arguments = shlex.split(command, comments=True)

@@ -17,12 +17,12 @@ from rich.progress import Progress as Bar
 
 from s4audio import checkpoint
 from s4audio.audio import NORMALIZATIONS, find_audio, read_audio
-from s4audio.cli.arguments import Parser, load_autoencoder
+from s4audio.cli.arguments import Parser
 from s4audio.cli.generate import made_by
 from s4audio.cli.info import print_table
 from s4audio.files import replacing
 from s4audio.metrics.comparison import Progress
-from s4audio.metrics.embeddings import Embedding, EncoderWindows
+from s4audio.metrics.embeddings import Embedding
 from s4audio.metrics.evaluator import FORMAT, EmbeddedClip, Evaluation, Evaluator
 from s4audio.metrics.sensitivity import Heard, card, sensitivity
 from s4audio.report import (
@@ -35,7 +35,7 @@ from s4audio.report import (
 )
 
 CLIP_SECONDS = 10.0
-TRAINING_DATA = ("train_files", "train_seconds", "sample_rate", "normalize", "clip_seconds", "steps")
+WORST_PAIRS = 10
 MANIFOLD = {
     "precision": "precision: generated windows that lie among real ones",
     "recall": "recall: real windows that lie among generated ones",
@@ -106,15 +106,7 @@ def embedding(name: str) -> str | Embedding:
         return name
     if not Path(name).exists():
         raise ValueError(f"the embedding {name!r} is neither log_mel nor a folder that holds a model.")
-    model, config, sha256 = load_autoencoder(name), checkpoint.read_config(name), checkpoint.fingerprint(name)
-    if model.channels != 1:
-        raise ValueError(f"the model in {name} hears {model.channels} channels; an embedding hears one (mono).")
-    training = config["training"]
-    details = {
-        "sha256": sha256, "class": config["class"], "arguments": config["arguments"],
-        "training_data": {key: training[key] for key in TRAINING_DATA if key in training},
-    }  # fmt: skip
-    return EncoderWindows(model.encode, model.sample_rate, model.hop_length, f"{config['class']} {sha256[:12]}", details)
+    return checkpoint.load_embedding(name)
 
 
 def _score(args: argparse.Namespace) -> None:
@@ -122,18 +114,15 @@ def _score(args: argparse.Namespace) -> None:
     for file in filter(None, (args.json and Path(args.json), page)):
         _check_place(file)  # now, not after minutes of work
     models, unreadable = made_by(Path(args.generated))
+    of_reference, _ = made_by(Path(args.reference))
     with _bar() as progress:
         evaluator = _evaluator(args, embedding(args.embedding), progress)
         evaluation = evaluator.evaluate(args.generated, args.reference, args.train, args.paired)
     scores = evaluation.scores
     provenance = scores["provenance"]
     provenance["made_by"] = models
-    if unreadable:
-        scores["warnings"].append(f"{unreadable} cannot be read, so which model made these clips is not known.")
-    if provenance["embedding"]["sha256"] in [model["sha256"] for model in models]:
-        scores["warnings"].insert(
-            0, "the embedding is the encoder of a model that made these clips, a judge of its own work: choose another."
-        )
+    for warning in _warnings_of_notes(args, provenance["embedding"]["sha256"], models, unreadable, of_reference):
+        scores["warnings"].insert(0, warning)
     print(_heading(scores))
     print_table(_table(scores))
     print(f"\n{_verdict(scores)}")
@@ -142,7 +131,7 @@ def _score(args: argparse.Namespace) -> None:
         print_table(_paired_table(scores["paired"]))
     if "memorization" in scores:
         print(f"\n{_bound(scores['train_against_reference'])}\n{_memorization(scores['memorization'])}")
-    for warning in scores["warnings"]:
+    for warning in [*scores["warnings"], *filter(None, [scores.get("fid_infinity_reason")])]:
         print(f"note: {warning}")
     if args.json:
         _write_json(args.json, scores)
@@ -150,6 +139,31 @@ def _score(args: argparse.Namespace) -> None:
     if page:
         _write_report(page, evaluation)
         print(f"page: {page}, to open in a browser")
+
+
+def _warnings_of_notes(
+    args: argparse.Namespace,
+    judge: str,
+    models: list[dict[str, str]],
+    unreadable: Path | None,
+    of_reference: list[dict[str, str]],
+) -> list[str]:
+    """What the notes of `generate` in the two folders have to say about the scores."""
+    found = []
+    if unreadable:
+        found.append(f"{unreadable} cannot be read, so which model made these clips is not known.")
+    if of_reference:
+        found.append("a model made files of the reference: are the folders swapped, or is one inside the other?")
+    if judge in [model["sha256"] for model in models]:
+        found.append(
+            "the embedding is the encoder of a model that made these clips, a judge of its own work: choose another."
+        )
+    elif args.embedding != "log_mel" and checkpoint.kind(args.embedding) in [model.get("kind") for model in models]:
+        found.append(
+            "the embedding is of the same kind as the model that made these clips and learned the same data: make sure that "
+            "it comes from a run of its own, with another seed."
+        )
+    return found
 
 
 def _check_place(file: Path) -> None:
@@ -195,7 +209,7 @@ def _heading(scores: dict[str, Any]) -> str:
     level = "every clip at a peak of 1" if p["normalize"] == "peak" else "clips at their own level"
     e = p["embedding"]
     sizes = [
-        f"{role}: {p[role]['clips']} clips, {p[role]['seconds'] / 60:.1f} min, {p[role]['windows']} windows"
+        f"{role}: {scores['folders'][role]}, {p[role]['clips']} clips, {p[role]['seconds'] / 60:.1f} min"
         for role in ("generated", "reference", "train")
         if role in p
     ]
@@ -211,10 +225,8 @@ def _table(scores: dict[str, Any]) -> list[tuple[str, ...]]:
     """The scores beside the floor, as rows; the surer of KAD and FID∞ comes first."""
     at_n, floor = scores["at_equal_n"] or {}, scores["floor"] or {}
     n = f"{at_n['clips']} clips a side" if at_n else ""
-    kad = ("KAD, all clips", _number(scores["kad"]), _range(scores["kad_interval"]), "0")
-    infinity = (
-        "FID∞, without the bias of few clips", _number(scores["fid_infinity"]), _range(scores["fid_infinity_interval"]), "0"
-    )  # fmt: skip
+    kad = ("KAD, all clips", _number(scores["kad"]), _range(scores["kad_interval"]), "expected 0")
+    infinity = ("FID∞, all clips", _number(scores["fid_infinity"]), _range(scores["fid_infinity_interval"]), "expected 0")
     few = scores["fid_infinity"] is None or min(scores["provenance"][r]["clips"] for r in ("generated", "reference")) < 1000
     rows = [kad, infinity] if few else [infinity, kad]
     rows.append(("FID, all clips", _number(scores["fid"]), _range(scores["fid_interval"]), ""))
@@ -232,40 +244,45 @@ def _paired_table(paired: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _verdict(scores: dict[str, Any]) -> str:
-    p, reason = scores["verdict"]["p_value"], scores.get("fid_infinity_reason")
+    p, paired = scores["verdict"]["p_value"], scores["provenance"]["paired"]
+    what = "The reconstructions can" if paired else "The generated clips can"
+    other = "their originals" if paired else "the reference"
     if p is None:
-        said = "There are too few clips to say whether the generated can be told from the reference."
-    elif scores["verdict"]["distinguishable"]:
-        said = f"The generated clips can be told from the reference (p = {p:.3f})."
-    else:
-        said = f"The generated clips cannot be told from the reference with this embedding and so few clips (p = {p:.2f})."
-    return f"{said} {reason}" if reason else said
+        return f"There are too few clips to say whether they can be told from {other}."
+    if not scores["verdict"]["distinguishable"]:
+        return f"{what}not be told from {other} with this embedding and so few clips (p = {p:.2f})."
+    at_n, floor = scores["at_equal_n"], scores["floor"]
+    within = bool(floor) and at_n["kad"] <= floor["kad_interval"][1]
+    though = ", though they differ by no more than halves of the reference do" if within else ""
+    return f"{what} be told from {other} (p = {p:.3f}){though}."
 
 
 def _bound(train: dict[str, Any]) -> str:
-    parts = [f"KAD {_number(train['kad'])} ({_range(train['kad_interval'])})", f"FID {_number(train['fid'])}"]
-    if train["fid_infinity"] is not None:
-        parts.insert(1, f"FID∞ {_number(train['fid_infinity'])} ({_range(train['fid_infinity_interval'])})")
-    return f"the training clips themselves score {', '.join(parts)}: nearer than that is learned by heart, or luck"
+    kad = f"KAD {_number(train['kad'])} ({_range(train['kad_interval'])})"
+    at_n = train["at_equal_n"]
+    fid = f", FID {_number(at_n['fid'])} at {at_n['clips']} clips a side" if at_n else ""
+    return f"the training clips themselves score {kad}{fid}: what is nearer than that was learned by heart, or lucky"
 
 
 def _memorization(found: dict[str, Any]) -> str:
     share, first = found["share_nearer_than_95_percent_of_reference"], found["closest"][0]
     closest = (
-        f"the closest clips are {first['generated']} and {first['train']}, {_number(first['distance'])} apart; windows of "
-        f"the reference are {_number(found['median_distance_reference_to_train'])} from the nearest of training"
+        f"the closest clips are {first['generated']} and {first['train']}, {_number(first['distance'])} apart, where a clip "
+        f"of the reference is typically {_number(found['median_distance_reference_to_train'])} from its nearest"
     )
     if share is None:
-        return f"memorization: too few reference windows to compare with; {closest}"
+        return f"copies? There are too few reference windows to compare with; {closest}"
     return (
-        f"memorization: {share:.1%} of the generated windows are nearer to a training window than 95 % of those of the "
-        f"reference are, where chance gives 5 %; {closest}"
+        f"copies? {share:.1%} of the generated windows lie as close to a training window as only 5 % of the reference's do "
+        f"({'LIKELY LEARNED BY HEART' if found['suspicious'] else 'no sign of it'}); {closest}"
     )
 
 
 def _number(value: float | None) -> str:
     """Three digits."""
-    return "none" if value is None else f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}"
+    if value is None:
+        return "none"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}" if abs(value) > 1e-9 else "0"
 
 
 def _range(interval: list[float] | None) -> str:
@@ -273,7 +290,7 @@ def _range(interval: list[float] | None) -> str:
 
 
 def _write_report(path: Path, evaluation: Evaluation) -> None:
-    scores, made = evaluation.scores, evaluation.generated.clips
+    scores, made, real = evaluation.scores, evaluation.generated.clips, evaluation.reference.clips
     provenance = scores["provenance"]
     distance = evaluation.to_reference.distance
     means = torch.stack([clip.windows.mean(0) for clip in made])
@@ -288,21 +305,30 @@ def _write_report(path: Path, evaluation: Evaluation) -> None:
             "Listen",
             ["Of all generated clips the one that lies nearest to the reference, the one in the middle of all, and the one "
              "farthest away, as the embedding hears them."],
-            clips=[_clip(f"{what}: {made[i].name}", made[i], rate) for what, i in chosen.items()],
+            clips=[
+                clip
+                for what, i in chosen.items()
+                for clip in (
+                    _clip(f"{what}: {made[i].name}", made[i], rate),
+                    *([_clip(f"its original: {real[i].name}", real[i], rate)] if provenance["paired"] else []),
+                )
+            ],
         ),
         Section(
             "The scores",
             [
-                "Lower is better for the distances; the last column says what real clips score against other real clips, "
-                "the best that can be had with so many clips. A difference that is smaller than the range is not shown.",
+                "For the distances (KAD, FID) lower is better; for precision, recall and coverage higher; density is about "
+                "1 for real clips. The last column says what real clips score against other real clips. Read nothing into "
+                "differences that are smaller than the ranges; below 0 is chance, and means 0.",
                 *scores["warnings"],
+                *filter(None, [scores.get("fid_infinity_reason")]),
             ],
             table=_table(scores),
             figures=_figures(evaluation),
         ),
     ]  # fmt: skip
     if "paired" in scores:
-        sections.append(Section("File by file", table=_paired_table(scores["paired"])))
+        sections += [Section("File by file", table=_paired_table(scores["paired"])), _worst_pairs(scores["paired"])]
     if evaluation.train is not None and evaluation.to_train is not None:
         sections.append(_memorization_section(evaluation))
     sections.append(Section("How it was measured", table=[("", ""), *_flat(provenance)]))
@@ -312,8 +338,17 @@ def _write_report(path: Path, evaluation: Evaluation) -> None:
     write_page(path, "How close does it come?", f"{lead}{provenance['reference']['clips']} recordings.", sections)
 
 
+def _worst_pairs(paired: dict[str, Any]) -> Section:
+    rows = [
+        (file["generated"], file["reference"], *(_number(file[key]) for key in PAIRED))
+        for file in paired["files"][:WORST_PAIRS]
+    ]
+    heading = ("reconstruction", "original", "SI-SDR, dB", "log-spectral distance, dB", "STFT distance", "mel distance")
+    return Section("The worst pairs, by mel distance", table=[heading, *rows])
+
+
 def _figures(evaluation: Evaluation) -> list[tuple[str, Any]]:
-    sets = {"reference": evaluation.reference, "generated": evaluation.generated}
+    sets = {"reference": evaluation.reference, "generated": evaluation.generated}  # everywhere in this order and colour
     means = {name: torch.stack([clip.windows.mean(0) for clip in folder.clips]).double() for name, folder in sets.items()}
     every = torch.cat(list(means.values()))
     _, spread, directions = torch.linalg.svd(every - every.mean(0), full_matrices=False)
@@ -342,7 +377,7 @@ def _memorization_section(evaluation: Evaluation) -> Section:
     for i in to_train.distance.argsort()[:2].tolist():
         other = train.clips[int(to_train.clip[i])]
         clips += [_clip(f"generated: {made[i].name}", made[i], rate), _clip(f"trained on: {other.name}", other, rate)]
-    distances = {"generated to train": to_train.distance, "reference to train": of_reference.distance}
+    distances = {"reference to train": of_reference.distance, "generated to train": to_train.distance}
     caption = "Distance of each clip to its nearest training clip."
     rows = [(pair["generated"], pair["train"], f"{pair['distance']:.2f}") for pair in found["closest"]]
     return Section(
@@ -382,14 +417,19 @@ def _compare(first: str, second: str) -> None:
                 f"{now.get(key, 'not there')} in the other. Score both again in the same way."
             )
     rows: list[tuple[str, ...]] = [("", first, "95 % interval", second, "95 % interval")]
+    closer = []
     for key, name in (("kad", "KAD"), ("fid_infinity", "FID∞"), ("fid", "FID")):
         values = [text for r in (a, b) for text in (_number(r[key]), _range(r[f"{key}_interval"]))]
         rows.append((name, *values))
+        if a[key] is not None and b[key] is not None:
+            low, high = sorted((a[f"{key}_interval"], b[f"{key}_interval"]))
+            better = first if a[key] < b[key] else second
+            closer.append(f"{name}: {better} is closer" if low[1] < high[0] else f"{name}: neither is surely closer")
+    for key in MANIFOLD:
+        if all(key in (r["at_equal_n"] or {}) for r in (a, b)):
+            rows.append((key, *(text for r in (a, b) for text in (f"{r['at_equal_n'][key]:.2f}", ""))))
     print_table(rows)
-    low, high = sorted((a["kad_interval"], b["kad_interval"]))
-    apart = low[1] < high[0]
-    better = first if a["kad"] < b["kad"] else second
-    print(f"\n{better} is closer to the reference." if apart else "\nThe ranges of KAD overlap: neither is surely closer.")
+    print(f"\n{'; '.join(closer)}.")
     for path, result in results.items():
         for warning in result["warnings"]:
             print(f"note on {path}: {warning}")
@@ -418,6 +458,7 @@ def _read_scores(path: str) -> dict[str, Any]:
                 raise TypeError(f"{key} is no number")
         if not isinstance(scores["warnings"], list):
             raise TypeError("warnings is no list")
+        dict(scores["at_equal_n"] or {})
         _comparable(provenance)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"there is no {error}" if isinstance(error, KeyError) else error
@@ -437,7 +478,7 @@ def _show_sensitivity(args: argparse.Namespace, name: str, folder: str) -> None:
     found = card(rows)
     for key, what in (("not_noticed", "it does not hear"), ("better_than_real", "it prefers to real clips")):
         if found[key]:
-            print(f"{what}: {', '.join(found[key])}")
+            print(f"{what}: {'; '.join(found[key])}")
     if args.json:
         rate = evaluator.common_rate(find_audio(folder))
         _write_json(args.json, {**found, "provenance": evaluator.provenance(evaluator.embedding_at(rate), rate)})

@@ -76,7 +76,7 @@ def _from_noise(model: Any, args: argparse.Namespace, out: Path) -> float:
 def _from_recordings(model: Any, args: argparse.Namespace, files: list[Path], how: str, out: Path) -> float:
     # Every name has an ending, so that no recording beside the one that was given can be in the way.
     ending = f"variation_{args.variation:g}" if args.variation else "reconstructed"
-    names = [f"{name}_{ending}" for name in _distinct_names(files)]
+    names = [f"{name}_{ending}" for name in _distinct_names(files, Path(args.source))]
     for target in (out / f"{name}.wav" for name in names):
         if target.exists() and any(target.samefile(file) for file in files):
             raise ValueError(f"{target} is a recording to read and would be overwritten; choose another --out.")
@@ -110,7 +110,7 @@ def made_by(folder: Path) -> tuple[list[dict[str, str]], Path | None]:
     for note in sorted(folder.rglob(RECORD)) if folder.is_dir() else ():
         try:
             listed = json.loads(note.read_text())["models"]
-            models += [{"class": str(model["class"]), "sha256": str(model["sha256"])} for model in listed]
+            models += [{key: str(model[key]) for key in ("class", "kind", "sha256")} for model in listed]
         except (OSError, ValueError, KeyError, TypeError):
             unreadable = note
     return models, unreadable
@@ -118,7 +118,10 @@ def made_by(folder: Path) -> tuple[list[dict[str, str]], Path | None]:
 
 def _record(out: Path, args: argparse.Namespace) -> None:
     """Notes the model beside its output, so that `evaluate` can tell who made it."""
-    model = {"class": checkpoint.read_config(args.model)["class"], "sha256": checkpoint.fingerprint(args.model)}
+    model = {
+        "class": checkpoint.read_config(args.model)["class"], "kind": checkpoint.kind(args.model),
+        "sha256": checkpoint.fingerprint(args.model),
+    }  # fmt: skip
     models = [*(other for other in made_by(out)[0] if other != model), model]
     with replacing(out / RECORD) as file:
         file.write((json.dumps({"models": models}, indent=1) + "\n").encode())
@@ -141,13 +144,14 @@ def _generator(seed: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]) % 2**63)
 
 
-def _distinct_names(files: list[Path]) -> list[str]:
-    """A name for each file's output: its stem, with a number where that is taken."""
+def _distinct_names(files: list[Path], folder: Path) -> list[str]:
+    """A name for each file's output: its path inside the folder without extension, with a number where that is taken."""
     names: list[str] = []
     for file in files:
-        name, count = file.stem, 1
+        own = str((file.relative_to(folder) if file != folder else Path(file.name)).with_suffix(""))
+        name, count = own, 1
         while name.casefold() in (taken.casefold() for taken in names):  # A.wav and a.wav are one file on some systems
             count += 1
-            name = f"{file.stem}_{count}"
+            name = f"{own}_{count}"
         names.append(name)
     return names

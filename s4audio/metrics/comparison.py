@@ -15,7 +15,7 @@ from s4audio.metrics.kernel import Kernel, bandwidth, discrepancy, kernel, kerne
 from s4audio.metrics.neighbours import Manifold, Nearest, manifold, nearest
 from s4audio.metrics.resampling import Clips, Estimate, count_windows, jackknife, shuffled
 
-NUM_GROUPS = 20  # of clips that the interval of the Fréchet distance leaves out one after the other
+NUM_GROUPS = 60  # of clips that the interval of the Fréchet distance leaves out one after the other
 NUM_DRAWS = 40  # of n clips, behind the floor
 NUM_MANIFOLD_DRAWS = 5
 MAX_KERNEL_CLIPS = 2000  # of each set, drawn at random: the kernel between all of them takes 128 MiB
@@ -23,6 +23,7 @@ MAX_MANIFOLD_WINDOWS = 5000  # of each set, in whole clips
 SIGNIFICANCE = 0.05  # of the verdict
 FEWEST_CLIPS = 3
 NUM_NEIGHBOURS = 5
+SUSPICIOUS_SHARE = 0.15  # of windows near training windows, where 0.05 is chance
 NUM_CLOSEST = 10  # pairs of generated and training clips that are listed
 
 Progress = Callable[[str, int, int], None]  # what, how much is done, of how much
@@ -101,20 +102,20 @@ def memorization(generated: Clips, reference: Clips, train: Clips) -> tuple[dict
     made, real = nearest(generated, train), nearest(reference, train)
     rank = int(0.05 * (len(real.of_window) + 1))  # a window like them is nearer than the rank-th in 5 % of the cases
     limit = real.of_window.sort().values[rank - 1] if rank else None
+    share = None if limit is None else (made.of_window < limit).double().mean().item()
     closest = made.distance.argsort()[:NUM_CLOSEST].tolist()
     scores = {
-        "median_distance_generated_to_train": made.of_window.median().item(),
-        "median_distance_reference_to_train": real.of_window.median().item(),
-        "share_nearer_than_95_percent_of_reference": (
-            None if limit is None else (made.of_window < limit).double().mean().item()
-        ),
+        "median_distance_generated_to_train": made.distance.median().item(),
+        "median_distance_reference_to_train": real.distance.median().item(),
+        "share_nearer_than_95_percent_of_reference": share,
+        "suspicious": share is not None and share > SUSPICIOUS_SHARE,
         "closest": [{"generated": i, "train": int(made.clip[i]), "distance": made.distance[i].item()} for i in closest],
     }  # fmt: skip
     return scores, made, real
 
 
 def _frechet_with_interval(generated: Clips, reference: Clips, seed: int, paired: bool) -> Estimate:
-    """The Fréchet distance of all clips; its interval from the same without each of up to 20 groups of them."""
+    """The Fréchet distance of all clips; its interval from the same without each of up to 60 groups of them."""
     sets = [shuffled(generated, seed, 0), shuffled(reference, seed, 0 if paired else 1)]
     groups = min(NUM_GROUPS, *map(len, sets))
 

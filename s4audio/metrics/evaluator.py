@@ -35,7 +35,7 @@ SILENT_PEAK = 1e-4  # -80 dB
 CLIPPED_RUN, CLIPPED_LEVEL = 3, 0.999  # samples in a row at full scale
 DC_OFFSET = 0.01  # -40 dB
 DEFECTS = {
-    "silent": "are silent", "clipped": "are clipped", "dc_shifted": "have a DC offset", "duplicate": "repeat another"
+    "silent": "silent, as mono", "clipped": "clipped", "dc_shifted": "with a DC offset", "duplicate": "the same as another"
 }  # fmt: skip
 FEW_CLIPS = 20
 LIBRARIES = ("torch", "torchaudio", "numpy", "soxr", "soundfile", "librosa")
@@ -98,7 +98,8 @@ class Evaluator:
     evaluation/README.md. The same folders and seed give the same scores.
 
     Args:
-        embedding: `log_mel`, or anything that `metrics.embeddings.Embedding` describes.
+        embedding: `log_mel`, or anything that `metrics.embeddings.Embedding` describes, such as `s4audio.load_embedding` of
+            a model folder. It gets one whole clip at a time, without gradients; a torch module is put in evaluation mode.
         sample_rate: in Hz, at which all files are compared; None wants them to have one rate.
         normalize: `peak` (every clip to a peak of full scale) or `none`.
         seed: of every random choice.
@@ -119,7 +120,7 @@ class Evaluator:
     ) -> None:
         if isinstance(embedding, str) and embedding != "log_mel":
             raise ValueError(
-                f"the embedding is {embedding!r}; wanted 'log_mel' or an object with name, sample_rate and call."
+                f"the embedding is {embedding!r}; wanted 'log_mel', load_embedding(FOLDER), or an object of your own."
             )
         if normalize not in NORMALIZATIONS:
             raise ValueError(f"normalize is {normalize!r}; choose one of {', '.join(NORMALIZATIONS)}.")
@@ -127,6 +128,8 @@ class Evaluator:
             raise ValueError(
                 f"sample_rate is {sample_rate} and seed {seed}; wanted a positive rate, and a seed of 0 or more."
             )
+        if not isinstance(embedding, str):
+            _check_embedding(embedding)
         self.embedding, self.sample_rate, self.normalize = embedding, sample_rate, normalize
         self.seed, self.progress = seed, progress
 
@@ -187,7 +190,8 @@ class Evaluator:
         if paired:
             scores["paired"] = self._paired(pairs, rate)
         scores["defects"] = {role: folder.count_defects() for role, folder in embedded.items()}
-        scores["warnings"] = _warnings(embedded, paired)
+        scores["warnings"] = _warnings(embedded, scores, embedding, rate, paired)
+        scores["folders"] = {role: str(folder) for role, folder in folders.items()}
         scores["provenance"] = self.provenance(embedding, rate) | {
             "paired": paired, **{role: folder.describe() for role, folder in embedded.items()}
         }  # fmt: skip
@@ -250,14 +254,15 @@ class Evaluator:
             ValueError: it is too short, or the embedding gives something that is not finite or of another form.
         """
         audio = resample(normalize(clip, self.normalize), rate, embedding.sample_rate)
-        vectors = embedding(audio.unsqueeze(0)).detach().float().cpu()
+        with torch.inference_mode():
+            vectors = torch.as_tensor(embedding(audio.unsqueeze(0))).float().cpu()
         if vectors.ndim != 3 or vectors.shape[0] != 1 or vectors.shape[1] == 0:
             raise ValueError(
                 f"{embedding.name} gives {tuple(vectors.shape)}; wanted (1, windows, dim), one window at least."
             )
         if not torch.isfinite(vectors).all():
             raise ValueError(f"{embedding.name} gives values that are not finite.")
-        return vectors[0]
+        return vectors[0].clone()  # not a view: an inference tensor, and whatever else the embedding keeps
 
     def common_rate(self, files: Sequence[Path]) -> int:
         """The rate at which all files are compared, in Hz.
@@ -294,37 +299,42 @@ class Evaluator:
 
     def _paired(self, pairs: Sequence[tuple[Path, Path]], rate: int) -> dict[str, Any]:
         """Signal metrics of each generated file against its reference, at the level that brings the reference to its own."""
-        values: dict[str, list[float]] = {name: [] for name in PAIRED}
+        files: list[dict[str, Any]] = []
         for number, (made_file, real_file) in enumerate(pairs):
             self.progress("comparing pairs", number, len(pairs))
             made, real = read_audio(made_file, rate)[0], read_audio(real_file, rate)[0]
-            length = min(made.shape[-1], real.shape[-1])
-            if max(made.shape[-1], real.shape[-1]) - length > max(0.01 * length, 0.05 * rate):
+            length, longer = sorted((made.shape[-1], real.shape[-1]))
+            if longer - length > max(0.01 * length, 0.05 * rate):
                 raise ValueError(
-                    f"{made_file} lasts {made.shape[-1] / rate:.2f} s and {real_file} {real.shape[-1] / rate:.2f} s: "
-                    "they are no pair."
+                    f"{made_file} lasts {made.shape[-1] / rate:.2f} s and {real_file} {real.shape[-1] / rate:.2f} s: pairs "
+                    "may differ by 1 %, or 0.05 s."
                 )
             made, real = made[..., :length], real[..., :length]
             if self.normalize == "peak" and real.abs().max() > 0:
                 made, real = made / real.abs().max(), real / real.abs().max()
-            for name, metric in PAIRED.items():
-                values[name].append(float(metric(made, real, rate)))
+            values = {name: float(metric(made, real, rate)) for name, metric in PAIRED.items()}
+            files.append({"generated": made_file.name, "reference": real_file.name, **values})
         self.progress("comparing pairs", len(pairs), len(pairs))
-        return {"pairs": len(pairs)} | {
-            key: of_key for name, of in values.items() for key, of_key in _mean(name, of).items()
-        }
+        means: dict[str, Any] = {}
+        for name in PAIRED:
+            means |= _mean(name, [file[name] for file in files])
+        for file in files:  # JSON has no infinity
+            file["si_sdr_db"] = file["si_sdr_db"] if abs(file["si_sdr_db"]) < np.inf else None
+        return {"pairs": len(pairs), **means, "files": sorted(files, key=lambda file: file["mel_distance"], reverse=True)}
 
 
-def _mean(name: str, of_pairs: Sequence[float]) -> dict[str, Any]:
-    """Mean over pairs with its interval; null if an output has no value, as the SI-SDR of silence. Silent references do not
-    count.
+def _mean(name: str, of_pairs: Sequence[Any]) -> dict[str, Any]:
+    """Mean over pairs with its interval; null if a pair has no finite value, as the SI-SDR of silence or of a perfect copy.
+
+    Pairs with a silent reference do not count.
     """
     values = np.array([value for value in of_pairs if not np.isnan(value)])
     if len(values) == 0 or np.isinf(values).any():
-        return {name: None, f"{name}_interval": None, f"{name}_undefined": int(np.isinf(values).sum())}
+        silent, identical = int((values == -np.inf).sum()), int((values == np.inf).sum())
+        return {name: None, f"{name}_interval": None, f"{name}_silent": silent, f"{name}_identical": identical}
     without = [float(values.mean())] if len(values) == 1 else ((values.sum() - values) / (len(values) - 1)).tolist()
     estimate = jackknife(float(values.mean()), without)
-    return {name: estimate.value, f"{name}_interval": [estimate.low, estimate.high], f"{name}_undefined": 0}
+    return {name: estimate.value, f"{name}_interval": [estimate.low, estimate.high]}
 
 
 PAIRED: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
@@ -382,14 +392,52 @@ def _defects(audio: Tensor) -> tuple[str, ...]:
     return tuple(name for name, is_so in found.items() if is_so)
 
 
-def _warnings(embedded: dict[str, Folder], paired: bool) -> list[str]:
-    """Sentences about what makes the scores less than they seem."""
+def _check_embedding(embedding: Embedding) -> None:
+    """Raises: ValueError, if it has no name or rate, or cannot be called. A torch module is put in evaluation mode."""
+    name, rate = getattr(embedding, "name", None), getattr(embedding, "sample_rate", None)
+    if isinstance(embedding, type):
+        raise ValueError(f"the embedding is the class {embedding.__name__}; give an object of it.")
+    if not isinstance(name, str) or not isinstance(rate, int) or rate < 1 or not callable(embedding):
+        raise ValueError(
+            f"the embedding {type(embedding).__name__} has the name {name!r} and the sample_rate {rate!r}; wanted a text, a "
+            "whole number of Hz, and something that can be called. A model goes through load_embedding(FOLDER)."
+        )
+    if isinstance(embedding, torch.nn.Module):
+        embedding.eval()
+
+
+def _warnings(
+    embedded: dict[str, Folder], scores: dict[str, Any], embedding: Embedding, rate: int, paired: bool
+) -> list[str]:
+    """Sentences about what makes the scores less than they seem, the worst first."""
     found = []
     made, real = embedded["generated"], embedded["reference"]
+    roles = list(embedded)
+    for first, second in ((a, b) for i, a in enumerate(roles) for b in roles[i + 1 :]):
+        same = {clip.sha256 for clip in embedded[first].clips} & {clip.sha256 for clip in embedded[second].clips}
+        if same:
+            found.append(f"sample for sample the same in the {first} and the {second} folder: {len(same)} clips.")
+    copies = scores.get("memorization")
+    if copies and copies["suspicious"]:
+        found.append(
+            f"{copies['share_nearer_than_95_percent_of_reference']:.0%} of the generated windows lie as close to a training "
+            "window as only 5 % of the reference's do: training clips were probably learned by heart."
+        )
     for role, folder in embedded.items():
         for defect, count in folder.count_defects().items():
             if defect in DEFECTS and count:
-                found.append(f"{count} of the {len(folder.clips)} {role} clips {DEFECTS[defect]}.")
+                found.append(f"{DEFECTS[defect]}: {count} of the {len(folder.clips)} {role} clips.")
+    at_n, floor = scores["at_equal_n"] or {}, scores["floor"] or {}
+    if "coverage" in at_n and at_n["coverage"] < 0.5 * floor["coverage"] and at_n["precision"] > 0.5 * floor["precision"]:
+        found.append(
+            "precision and density are high though few real windows are near: a few unusual windows of the reference reach "
+            "far. Trust coverage and recall."
+        )
+    if embedding.sample_rate > 1.01 * rate:
+        found.append(
+            f"the embedding hears at {embedding.sample_rate} Hz and the files are compared at {rate} Hz: the upper part of "
+            "what it hears is empty."
+        )
     lengths = [folder.describe()["median_clip_seconds"] for folder in (made, real)]
     if max(lengths) > 1.2 * min(lengths):
         found.append(
@@ -397,15 +445,10 @@ def _warnings(embedded: dict[str, Folder], paired: bool) -> list[str]:
             "verdict and the scores at equal numbers want clips of about one length."
         )
     if min(len(made.clips), len(real.clips)) < FEW_CLIPS:
-        found.append(f"with fewer than {FEW_CLIPS} clips in a folder every score is rough: read the intervals.")
+        found.append(f"with fewer than {FEW_CLIPS} clips in a folder every score is rough: read the ranges.")
     if paired:
         found.append(
             "these are reconstructions: FID compares them with their own originals, and is near 0 for a good one; the other "
-            "scores compare each with the originals of the others."
+            "scores compare each with the originals of the others, and the verdict notices what changes them all alike."
         )
-    roles = list(embedded)
-    for first, second in ((a, b) for i, a in enumerate(roles) for b in roles[i + 1 :]):
-        same = {clip.sha256 for clip in embedded[first].clips} & {clip.sha256 for clip in embedded[second].clips}
-        if same:
-            found.append(f"{len(same)} clips are, sample for sample, in the {first} folder and in the {second} one.")
     return found

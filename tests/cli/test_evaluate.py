@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 
-from s4audio import CausalAutoencoder, checkpoint, save
+from s4audio import CausalAutoencoder, checkpoint, load, save
 from s4audio.cli import main
 from tests.cli.commands import refused
 
@@ -33,7 +34,9 @@ def test_table_and_json(folders, tmp_path, capsys):
     found = score(folders, "far", tmp_path / "far.json")
     said = capsys.readouterr().out
     assert (
-        "generated: 10 clips" in said and "real against real" in said and "can be told from the reference (p = 0.0" in said
+        "far, 10 clips, 0.2 min" in said
+        and "real against real" in said
+        and "can be told from the reference (p = 0.0" in said
     )
     assert f"{found['kad']:#.3g}" in said and found["fid_infinity"] is None and "FID∞ needs" in said
     assert found["provenance"]["made_by"] == []
@@ -46,10 +49,17 @@ def test_page_with_everything(folders, tmp_path, capsys):
     made, real = str(folders["near"]), str(folders["real"])
     assert main(["evaluate", made, real, "--train", str(folders["far"]), "--paired", "--report", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert "10 pairs" in said and "memorization: " in said
+    assert "10 pairs" in said and "copies? " in said and "the training clips themselves score KAD" in said
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<audio") == 7  # nearest, most typical, farthest; two pairs
-    for words in ("Is it a copy?", "File by file", "How it was measured", "reference.sha256", "A map of the clips"):
+    assert page.count("<audio") == 10  # nearest, most typical, farthest and their originals; two pairs
+    for words in (
+        "Is it a copy?",
+        "File by file",
+        "How it was measured",
+        "reference.sha256",
+        "A map of the clips",
+        "The worst pairs",
+    ):
         assert words in page
 
 
@@ -59,10 +69,14 @@ def test_comparison_of_two_results(folders, tmp_path, capsys):
     score(folders, "far", far)
     capsys.readouterr()
     assert main(["evaluate", "--compare", str(near), str(far)]) == 0
-    assert f"{near} is closer to the reference" in capsys.readouterr().out
+    assert f"KAD: {near} is closer; FID: {near} is closer." in capsys.readouterr().out
     assert main(["evaluate", "--compare", str(near), str(near)]) == 0
     said = capsys.readouterr().out
-    assert "neither is surely closer" in said and f"note on {near}: with fewer than 20 clips" in said
+    assert (
+        "KAD: neither is surely closer" in said
+        and "coverage" in said
+        and f"note on {near}: with fewer than 20 clips" in said
+    )
     for change, field in (
         (["--seed", "1"], "seed is 0 in one and 1 in the other"),
         (["--normalize", "none"], "normalize is peak in one and none in the other"),
@@ -96,13 +110,27 @@ def test_a_trained_encoder_and_a_judge_of_its_own_work(folders, model, tmp_path,
     sha256 = checkpoint.fingerprint(model)
     embedding = found["provenance"]["embedding"]
     assert embedding["sha256"] == sha256 and embedding["name"] == f"CausalAutoencoder {sha256[:12]}"
-    assert found["provenance"]["made_by"] == [{"class": "CausalAutoencoder", "sha256": sha256}]
+    assert found["provenance"]["made_by"] == [
+        {"class": "CausalAutoencoder", "kind": checkpoint.kind(model), "sha256": sha256}
+    ]
     assert found["paired"]["pairs"] == 16
     assert main(["evaluate", str(made), str(folders["real"])]) == 0
     assert "a judge of its own work" not in capsys.readouterr().out
     (made / "generated.json").write_text("{")
     assert main(["evaluate", str(made), str(folders["real"])]) == 0
     assert "generated.json cannot be read, so which model made these clips is not known" in capsys.readouterr().out
+
+
+def test_a_sister_of_the_generator_and_swapped_folders_are_notes(folders, model, tmp_path, capsys):
+    made, sister = tmp_path / "made", tmp_path / "sister"
+    assert main(["generate", str(model), "--from", str(folders["real"]), "--out", str(made)]) == 0
+    torch.manual_seed(7)
+    save(type(load(model))(**checkpoint.read_config(model)["arguments"]), sister, checkpoint.read_config(model)["training"])
+    capsys.readouterr()
+    assert main(["evaluate", str(folders["real"]), str(made), "--embedding", str(sister)]) == 0
+    assert "are the folders swapped" in capsys.readouterr().out
+    assert main(["evaluate", str(made), str(folders["real"]), "--embedding", str(sister)]) == 0
+    assert "of the same kind as the model that made these clips" in capsys.readouterr().out
 
 
 def test_an_embedding_that_hears_two_channels_is_refused(folders, tmp_path, capsys):

@@ -7,7 +7,7 @@ import torch
 
 from s4audio import S4DAutoencoder, load, save
 from s4audio.audio import normalize, read_audio
-from s4audio.checkpoint import fingerprint
+from s4audio.checkpoint import fingerprint, kind
 from s4audio.cli import main
 from s4audio.cli.generate import _distinct_names, made_by
 from tests.cli.commands import refused, wav
@@ -39,7 +39,10 @@ def test_noise_gives_the_same_clips_whatever_the_batch(model, tmp_path):
         assert not np.array_equal(first[index], other[index])
     assert not np.array_equal(first[0], first[1])
     assert sorted(p.suffix for p in (tmp_path / "a").iterdir()) == [".json"] + [".png"] * 3 + [".wav"] * 3
-    assert made_by(tmp_path / "a") == ([{"class": "CausalAutoencoder", "sha256": fingerprint(model)}], None)
+    assert made_by(tmp_path / "a") == (
+        [{"class": "CausalAutoencoder", "kind": kind(model), "sha256": fingerprint(model)}],
+        None,
+    )
 
 
 def test_recordings_are_reconstructed_or_varied(model, folder, tmp_path):
@@ -76,8 +79,8 @@ def test_files_of_one_name_do_not_overwrite_each_other(model, folder, tmp_path):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / name).write_bytes((folder / "tone3.wav").read_bytes())
     assert main(["generate", str(model), "--from", str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 0
-    assert sorted(p.name for p in (tmp_path / "out").glob("*.wav")) == [
-        "x_2_reconstructed.wav", "x_3_reconstructed.wav", "x_reconstructed.wav",
+    assert sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.wav")) == [
+        "a/x_2_reconstructed.wav", "a/x_reconstructed.wav", "b/x_reconstructed.wav",
     ]  # fmt: skip
 
 
@@ -94,8 +97,9 @@ def test_recordings_are_never_overwritten(capsys, model, folder, tmp_path):
 
 
 def test_names_that_some_systems_take_for_one_get_numbers():
-    files = [Path("a/X.wav"), Path("b/x.wav"), Path("c/x_2.wav")]
-    assert _distinct_names(files) == ["X", "x_2", "x_2_2"]
+    files = [Path("a/X.wav"), Path("a/x.flac"), Path("a/x_2.wav"), Path("a/b/x.wav")]
+    assert _distinct_names(files, Path("a")) == ["X", "x_2", "x_2_2", "b/x"]
+    assert _distinct_names([Path("a/X.wav")], Path("a/X.wav")) == ["X"]
 
 
 def test_system_4_generates_too(tmp_path, folder):

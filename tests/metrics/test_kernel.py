@@ -73,8 +73,11 @@ def test_clips_of_unequal_length_do_not_fool_the_verdict():
     assert wrong <= 7
 
 
-@pytest.mark.parametrize("number, paired, enough", [((3, 3), False, False), ((4, 4), False, True), ((3, 4), False, True),
-                                                    ((5, 5), True, False), ((6, 6), True, True), ((600, 700), False, True)])  # fmt: skip
+@pytest.mark.parametrize(
+    "number, paired, enough",
+    [((3, 3), False, False), ((4, 4), False, True), ((3, 4), False, True), ((5, 5), True, False), ((6, 6), True, True),
+     ((600, 700), False, True)],
+)  # fmt: skip
 def test_too_few_shuffles_give_no_p(number, paired, enough):
     generator = torch.Generator().manual_seed(0)
     between = kernel(clips(generator, number[0]), clips(generator, number[1]), 1.0, paired)
