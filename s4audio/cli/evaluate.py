@@ -320,7 +320,7 @@ def _write_report(path: Path, evaluation: Evaluation) -> None:
                 "For the distances (KAD, FID) lower is better; for precision, recall and coverage higher; density is about "
                 "1 for real clips. The last column says what real clips score against other real clips. Read nothing into "
                 "differences that are smaller than the ranges; below 0 is chance, and means 0.",
-                *scores["warnings"],
+                *(f"{warning[0].upper()}{warning[1:]}" for warning in scores["warnings"]),
                 *filter(None, [scores.get("fid_infinity_reason")]),
             ],
             table=_table(scores),
@@ -332,10 +332,9 @@ def _write_report(path: Path, evaluation: Evaluation) -> None:
     if evaluation.train is not None and evaluation.to_train is not None:
         sections.append(_memorization_section(evaluation))
     sections.append(Section("How it was measured", table=[("", ""), *_flat(provenance)]))
-    lead = (
-        f"{_verdict(scores)} Heard by {provenance['embedding']['name']}, {provenance['generated']['clips']} clips against "
-    )
-    write_page(path, "How close does it come?", f"{lead}{provenance['reference']['clips']} recordings.", sections)
+    sets = " against ".join(f"{provenance[r]['clips']} clips in {scores['folders'][r]}" for r in ("generated", "reference"))
+    lead = f"{_verdict(scores)} {sets}, heard by {provenance['embedding']['name']}."
+    write_page(path, "How close does it come?", lead, sections)
 
 
 def _worst_pairs(paired: dict[str, Any]) -> Section:
