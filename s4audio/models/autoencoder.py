@@ -223,10 +223,7 @@ class CausalAutoencoder(WaveformAutoencoder):
     ) -> None:
         super().__init__()
         check_losses(losses)
-        if len(widths) != len(strides) + 1:
-            raise ValueError(
-                f"widths has {len(widths)} entries and strides {len(strides)}; wanted one width more than strides."
-            )
+        check_stages(widths, strides)
         depths = [num_blocks] * len(widths) if isinstance(num_blocks, int) else list(num_blocks)
         if len(depths) != len(widths):
             raise ValueError(f"num_blocks has {len(depths)} entries and widths {len(widths)}; wanted one for each width.")
@@ -344,3 +341,9 @@ def check_losses(losses: Sequence[str]) -> None:
     unknown = [name for name in losses if name not in LOSSES]
     if unknown or not losses:
         raise ValueError(f"losses is {list(losses)}; wanted one or more of {', '.join(LOSSES)}.")
+
+
+def check_stages(widths: Sequence[int], strides: Sequence[int]) -> None:
+    """Raises: ValueError, if there is not one width more than strides."""
+    if len(widths) != len(strides) + 1:
+        raise ValueError(f"widths has {len(widths)} entries and strides {len(strides)}; wanted one width more than strides.")

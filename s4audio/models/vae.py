@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from s4audio.layers import ChannelNorm, Residual
 from s4audio.losses import LOSSES
-from s4audio.models.autoencoder import Generators, WaveformAutoencoder, check_losses, noise
+from s4audio.models.autoencoder import Generators, WaveformAutoencoder, check_losses, check_stages, noise
 
 LOG_VARIANCE = (-12.0, 4.0)  # beyond these a posterior is a point or noise, and its exponential a danger
 
@@ -51,10 +51,7 @@ class ConvVAE(WaveformAutoencoder):
     ) -> None:
         super().__init__()
         check_losses(losses)
-        if len(widths) != len(strides) + 1:
-            raise ValueError(
-                f"widths has {len(widths)} entries and strides {len(strides)}; wanted one width more than strides."
-            )
+        check_stages(widths, strides)
         if min(strides) < 2 or min(*widths, latent_channels, channels, num_blocks) < 1 or free_nats < 0:
             raise ValueError(
                 f"strides {list(strides)} must be at least 2, widths {list(widths)}, latent_channels {latent_channels}, "
