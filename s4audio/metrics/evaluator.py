@@ -224,6 +224,7 @@ class Evaluator:
 
         Raises:
             AudioError: files that cannot be used or are too short: how many, and the first of them.
+            RuntimeError: the embedding failed; names the file.
         """
         clips: list[EmbeddedClip] = []
         problems: list[str] = []
@@ -236,6 +237,8 @@ class Evaluator:
             except ValueError as error:
                 problems.append(str(error) if isinstance(error, AudioError) else f"{file}: {error}")
                 continue
+            except RuntimeError as error:
+                raise RuntimeError(f"the embedding {embedding.name} failed on {file}: {error}") from error
             name = str(file.relative_to(folder)) if file != Path(folder) else file.name
             sha256 = hashlib.sha256(audio.numpy().tobytes()).hexdigest()
             clips.append(EmbeddedClip(name, file, audio.shape[-1] / rate, sha256, _defects(audio), windows))

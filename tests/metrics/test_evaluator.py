@@ -296,3 +296,14 @@ def test_an_unusual_window_that_reaches_far_is_a_warning(tmp_path):
     scores = Evaluator(normalize="none").score(made, real)
     assert scores["at_equal_n"]["precision"] > 0.5 * scores["floor"]["precision"] and scores["verdict"]["distinguishable"]
     assert "Trust coverage and recall" in " ".join(scores["warnings"])
+
+
+def test_an_embedding_that_fails_names_the_file(real):
+    class Failing:
+        name, sample_rate = "failing", RATE
+
+        def __call__(self, audio):
+            return audio.reshape(7, -1)
+
+    with pytest.raises(RuntimeError, match=r"the embedding failing failed on .*000\.wav: shape"):
+        Evaluator(Failing()).score(real, real)
