@@ -10,7 +10,19 @@ import pytest
 import soundfile
 import torch
 
-from s4audio.report import Clip, Section, _envelope, clips_figure, curves_figure, poles_figure, save_figure, write_page
+from s4audio.report import (
+    Clip,
+    Section,
+    _envelope,
+    clips_figure,
+    curves_figure,
+    extrapolation_figure,
+    histogram_figure,
+    map_figure,
+    poles_figure,
+    save_figure,
+    write_page,
+)
 
 RATE, HZ = 8000, 375.0  # a bin of the spectrogram
 
@@ -92,3 +104,27 @@ def test_a_picture_shows_the_signal(tone):
     hz = image.mean(1).argmax() * RATE / 2 / (image.shape[0] - 1)
     assert hz == pytest.approx(HZ, abs=8) and image[:, 5:-5].max() == pytest.approx(-6.02, abs=0.1)  # half of full scale
     assert picture.images[0].get_extent() == [0, 1.0, 0, RATE / 2000]
+
+
+def test_extrapolation_ends_where_the_line_begins():
+    sizes, slope, value = [400.0, 200.0, 100.0], 50.0, 3.0
+    figure = extrapolation_figure(sizes, [value + slope / size for size in sizes], value, slope)
+    axis = figure.axes[0]
+    subsets, limit = (points.get_offsets() for points in axis.collections)
+    np.testing.assert_allclose(limit, [[0, 3]])
+    line = axis.lines[0].get_xydata()
+    np.testing.assert_allclose(line, [[0, 3], [0.01, 3.5]])
+    np.testing.assert_allclose(subsets[-1], line[-1])  # the smallest subset lies on the line it made
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["∞", "400", "100"]
+
+
+def test_map_and_histogram_keep_the_sets_apart():
+    points = {"reference": torch.tensor([[0.0, 1.0], [2.0, 3.0]]), "generated": torch.tensor([[4.0, 5.0]])}
+    axis = map_figure(points, (0.5, 0.25)).axes[0]
+    for drawn, (name, wanted) in zip(axis.collections, points.items(), strict=True):
+        np.testing.assert_allclose(drawn.get_offsets(), wanted)
+        assert drawn.get_label() == name
+    assert axis.get_xlabel() == "first direction, 50% of the variance" and axis.get_ylabel() == "second, 25%"
+    axis = histogram_figure({"few": torch.tensor([1.0, 2.0]), "many": torch.arange(100.0) / 50}, "distance").axes[0]
+    heights = [sum(np.diff(patch.get_path().vertices[:, 0]) * patch.get_path().vertices[1:, 1]) for patch in axis.patches]
+    assert heights[0] == pytest.approx(heights[1], rel=1e-6)  # shares of each set, however large it is

@@ -139,7 +139,7 @@ class Evaluator:
         """The scores of generated audio against a reference, in JSON's types; evaluation/README.md explains the keys.
 
         Args:
-            generated: folder (or one file) of audio to judge.
+            generated: folder of audio to judge, three files or more.
             reference: folder of recordings it should sound like.
             train: folder of what the generator was trained on: adds memorization, and what the training clips score.
             paired: the generated files are reconstructions of the reference's, and called like them: adds signal metrics,
