@@ -183,7 +183,8 @@ class CausalAutoencoder(WaveformAutoencoder):
     """Causal S4D autoencoder: a stem, stages of gated S4D blocks between strided convolutions, and the mirror image back.
 
     Frame j of the latent has heard the samples up to (j + 1) hop_length - 1 and sample t of the output the frames up to
-    t // hop_length: streaming is delayed by hop_length - 1 samples at most, and no sample hears beyond its own frame.
+    t // hop_length: streaming is delayed by hop_length - 1 samples at most, and no sample hears beyond its own frame. With
+    `bidirectional`, which is not causal at all, every frame hears the whole clip, before and after; that cannot stream.
 
     Args:
         sample_rate: of the audio it is trained on, in Hz.
@@ -198,6 +199,7 @@ class CausalAutoencoder(WaveformAutoencoder):
         init: one of ssm.INITS.
         dt_min: smallest step size at initialization, in samples of the layer's own rate.
         dt_max: largest step size at initialization.
+        bidirectional: whether each S4D also runs backwards in time.
 
     Raises:
         ValueError: widths, strides and num_blocks that do not fit, an unknown loss, or what S4D refuses.
@@ -220,6 +222,7 @@ class CausalAutoencoder(WaveformAutoencoder):
         init: str = "lin",
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
+        bidirectional: bool = False,
     ) -> None:
         super().__init__()
         check_losses(losses)
@@ -238,14 +241,17 @@ class CausalAutoencoder(WaveformAutoencoder):
         self.latent_channels, self.d_state, self.channels = latent_channels, d_state, channels
         self.num_blocks = num_blocks if isinstance(num_blocks, int) else tuple(num_blocks)
         self.losses, self.discretization, self.init = tuple(losses), discretization, init
-        self.dt_min, self.dt_max = dt_min, dt_max
+        self.dt_min, self.dt_max, self.bidirectional = dt_min, dt_max, bidirectional
         self.hop_length = 1
         for stride in strides:
             self.hop_length *= stride
 
         def stage(index: int) -> list[nn.Module]:
-            layer = partial(S4D, init=init, discretization=discretization, dt_min=dt_min, dt_max=dt_max)
-            return [GatedBlock(layer(widths[index], d_state)) for _ in range(depths[index])]
+            layer = partial(
+                S4D, widths[index], d_state, init=init, discretization=discretization, dt_min=dt_min, dt_max=dt_max,
+                bidirectional=bidirectional,
+            )  # fmt: skip
+            return [GatedBlock(layer()) for _ in range(depths[index])]
 
         innermost = len(strides)
         encoder: list[nn.Module] = [CausalConv1d(channels, widths[0], 7)]

@@ -170,3 +170,16 @@ def test_each_stage_has_as_many_blocks_as_it_is_told():
     for none in (0, (0, 0, 0), (1, -1, 1)):
         with pytest.raises(ValueError, match="wanted none below 0, and a block somewhere"):
             causal(num_blocks=none)
+
+
+def test_bidirectional_hears_the_future_and_refuses_to_stream():
+    model = CausalAutoencoder(4000, strides=(4,), widths=(4, 8), d_state=8, bidirectional=True)
+    audio = torch.randn(1, 1, 103)
+    later = audio.clone()
+    later[..., 100:] = 0
+    with torch.no_grad():
+        made, other = model(audio), model(later)
+    assert made.shape == audio.shape
+    assert not torch.equal(made[..., :50], other[..., :50])
+    with pytest.raises(RuntimeError, match="hears the future and cannot stream; build it with bidirectional=False"):
+        model.initial_state(1)
