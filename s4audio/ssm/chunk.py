@@ -116,27 +116,37 @@ def scan(A: Carry, Z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         X (H, B, M, S) and the final state (H, B, S).
     """
-    return _Scan.apply(A.re, A.im, Z, x)
+    return _scan(A.re, A.im, Z, x)
 
 
-class _Scan(torch.autograd.Function):
+@torch.library.custom_op("s4audio::scan", mutates_args=())
+def _scan(re: Tensor, im: Tensor | None, Z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """`scan`; one operation for torch.compile, since its steps write into each other's memory."""
+    X = torch.empty_like(Z, memory_format=torch.contiguous_format)
+    return X, _scan_into(X, Carry(re, im), Z, x)
+
+
+@_scan.register_fake
+def _(re: Tensor, im: Tensor | None, Z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(Z, memory_format=torch.contiguous_format), x.new_empty(x.shape)
+
+
+def _keep_scan(ctx, inputs, output) -> None:
+    re, im, _, _ = inputs
+    ctx.save_for_backward(re, im, output[0])
+
+
+def _scan_gradient(ctx, dX: Tensor, dlast: Tensor):
     """The gradient of a recurrence is the adjoint recurrence, backwards in time: two lines instead of a graph of M nodes."""
+    re, im, X = ctx.saved_tensors
+    # Lambda_m is the gradient of the state after chunk m: dlast for the last, then dX_{m+1} + Lambda_{m+1} A^*.
+    reversed_Lambda, dx = scan(Carry(re, im).adjoint(), dX.flip(2), dlast)
+    Lambda = reversed_Lambda.flip(2)
+    dre, dim = _carry_gradient(Carry(re, im), X, Lambda)
+    return dre.to(re.dtype), None if dim is None else dim.to(re.dtype), Lambda, dx
 
-    @staticmethod
-    def forward(ctx, re: Tensor, im: Tensor | None, Z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        X = torch.empty_like(Z, memory_format=torch.contiguous_format)
-        last = _scan_into(X, Carry(re, im), Z, x)
-        ctx.save_for_backward(re, im, X)
-        return X, last
 
-    @staticmethod
-    def backward(ctx, dX: Tensor, dlast: Tensor):
-        re, im, X = ctx.saved_tensors
-        # Lambda_m is the gradient of the state after chunk m: dlast for the last, then dX_{m+1} + Lambda_{m+1} A^*.
-        reversed_Lambda, dx = scan(Carry(re, im).adjoint(), dX.flip(2), dlast)
-        Lambda = reversed_Lambda.flip(2)
-        dre, dim = _carry_gradient(Carry(re, im), X, Lambda)
-        return dre.to(re.dtype), None if dim is None else dim.to(re.dtype), Lambda, dx
+_scan.register_autograd(_scan_gradient, setup_context=_keep_scan)
 
 
 def _scan_into(X: Tensor, A: Carry, Z: Tensor, x: Tensor) -> Tensor:
@@ -223,10 +233,11 @@ def diagonal_operators(system: DiagonalSystem, T: int, dtype: torch.dtype) -> Op
         P, Q = re[..., :T] * B, re[..., 1:] * C
         K = (C * P).sum(1)
         return Operators(toeplitz(K), P.flip(-1).mT, Q, Carry(wide_re[..., T], None))
-    B, C = system.B_bar.to(dtype.to_complex()).unsqueeze(-1), 2 * system.C.to(dtype.to_complex()).unsqueeze(-1)
-    P = torch.cat([re * B.real - im * B.imag, re * B.imag + im * B.real], dim=1)[..., :T]
-    Q = torch.cat([re * C.real - im * C.imag, -re * C.imag - im * C.real], dim=1)[..., 1:]
-    K = (torch.cat([C.real, -C.imag], dim=1) * P).sum(1)
+    b_re, b_im = system.B_bar.real.to(dtype).unsqueeze(-1), system.B_bar.imag.to(dtype).unsqueeze(-1)
+    c_re, c_im = 2 * system.C.real.to(dtype).unsqueeze(-1), 2 * system.C.imag.to(dtype).unsqueeze(-1)
+    P = torch.cat([re * b_re - im * b_im, re * b_im + im * b_re], dim=1)[..., :T]
+    Q = torch.cat([re * c_re - im * c_im, -re * c_im - im * c_re], dim=1)[..., 1:]
+    K = (torch.cat([c_re, -c_im], dim=1) * P).sum(1)
     return Operators(toeplitz(K), P.flip(-1).mT, Q, Carry(wide_re[..., T], wide_im[..., T]))
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -11,33 +10,41 @@ from s4audio.ssm import chunk, reference
 from s4audio.ssm.diagonal import DiagonalSystem
 from s4audio.ssm.dplr import DPLRSystem
 
-System = DiagonalSystem | DPLRSystem
-BACKENDS = ("auto", "reference", "chunk")
+try:
+    from s4audio.ssm import triton as fused
+except ImportError:  # there is no Triton for this machine
+    fused = None  # type: ignore[assignment]
 
-_backend: ContextVar[str] = ContextVar("s4audio_backend", default="auto")
+System = DiagonalSystem | DPLRSystem
+BACKENDS = ("auto", "reference", "chunk", "triton")
+
+_backend = "auto"  # of the whole process; a plain global, which torch.compile can guard
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run state spaces by `reference` (sample by sample), `chunk` (the engine) or `auto` (the fastest; the default).
+    """Run state spaces by `reference` (sample by sample), `chunk` (the engine in PyTorch), `triton` (the same, fused, on
+    CUDA) or `auto` (the fastest that can; the default).
 
     Raises:
         ValueError: an unknown name.
     """
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}; choose one of {', '.join(BACKENDS)}.")
-    token = _backend.set(name)
+    global _backend
+    before, _backend = _backend, name
     try:
         yield
     finally:
-        _backend.reset(token)
+        _backend = before
 
 
 def run(system: System, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The system's output and final state, without the D term.
 
     Args:
-        u: (batch, H, L) real input, any L. The arithmetic is float32, or float64 if u is.
+        u: (batch, H, L) real input, any L. The arithmetic is float64 if u is, and otherwise float32; `triton` multiplies
+            float16 and bfloat16 as they are, with float32 sums and states.
         state: (batch, H, N/2) complex, or (batch, H, N) real for real modes; zero if None.
 
     Returns:
@@ -45,16 +52,29 @@ def run(system: System, u: Tensor, state: Tensor | None = None) -> tuple[Tensor,
 
     Raises:
         ValueError: u or state has the wrong shape or kind, or the system has one gap per sample and not L of them.
+        RuntimeError: the backend in force is `triton`, and it cannot run this; the message says why.
     """
     _check_input(system, u)
+    if system.gap is not None:
+        _check_gaps(system.gap, u)
+    name = _backend
     with torch.autocast(u.device.type, enabled=False):
-        working = u if u.dtype == torch.float64 else u.float()
-        x = _to_real(system, state, working)
-        if system.gap is not None:
-            _check_gaps(system.gap, u)
-        implementation = reference if _backend.get() == "reference" else chunk
-        y, x = implementation.run(system, working, x)
+        dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+        x = _to_real(system, state, u, dtype)
+        if _runs_fused(name, system, u):
+            y, x = fused.run(system, u, x)
+        else:
+            y, x = (reference if name == "reference" else chunk).run(system, u.to(dtype), x)
         return y.to(u.dtype), _to_state(system, x)
+
+
+def _runs_fused(name: str, system: System, u: Tensor) -> bool:
+    if name not in ("auto", "triton") or (name == "auto" and not u.is_cuda):
+        return False
+    refusal = "Triton is not installed" if fused is None else fused.refusal(system, u)
+    if refusal and name == "triton":
+        raise RuntimeError(f"the backend is triton, but {refusal}; use auto or chunk.")
+    return refusal is None
 
 
 def step(system: System, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,7 +90,7 @@ def step(system: System, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError("a system with one gap per sample varies in time and has no step of its own; use run.")
     with torch.autocast(u.device.type, enabled=False):
         working = u if u.dtype == torch.float64 else u.float()
-        y, x = reference.step(system, working[..., 0], _to_real(system, state, working))
+        y, x = reference.step(system, working[..., 0], _to_real(system, state, working, working.dtype))
         return y.unsqueeze(-1).to(u.dtype), _to_state(system, x)
 
 
@@ -84,7 +104,7 @@ def kernel(system: System, length: int) -> Tensor:
         raise ValueError(f"length is {length}; a kernel has at least one tap.")
     if system.gap is not None:
         raise ValueError("a system with one gap per sample varies in time and has no kernel; use run.")
-    if _backend.get() != "reference":
+    if _backend != "reference":
         impulse = torch.zeros(1, system.C.shape[0], length, dtype=system.C.real.dtype, device=system.C.device)
         impulse[..., 0] = 1
         return run(system, impulse)[0][0]
@@ -125,18 +145,19 @@ def _check_gaps(gap: Tensor, u: Tensor) -> None:
         raise ValueError(f"the system has intervals for {gap.shape[0]} sequences and u is a batch of {u.shape[0]}.")
 
 
-def _to_real(system: System, state: Tensor | None, u: Tensor) -> Tensor:
-    """The engine's state (H, batch, S) in u's dtype: [Re x, Im x], or x itself for real modes."""
+def _to_real(system: System, state: Tensor | None, u: Tensor, dtype: torch.dtype) -> Tensor:
+    """The engine's state (H, batch, S): [Re x, Im x], or x itself for real modes."""
+    modes, is_complex = system.C.shape[-1], system.C.is_complex()
     if state is None:
-        state = zero_state(system, u.shape[0], u.dtype)
+        return torch.zeros(u.shape[1], u.shape[0], 2 * modes if is_complex else modes, dtype=dtype, device=u.device)
     wanted = (u.shape[0], *system.C.shape)
-    if tuple(state.shape) != wanted or state.is_complex() != system.C.is_complex():
-        kind = "complex" if system.C.is_complex() else "real"
+    if tuple(state.shape) != wanted or state.is_complex() != is_complex:
+        kind = "complex" if is_complex else "real"
         raise ValueError(f"state is {state.dtype} {tuple(state.shape)}; wanted a {kind} tensor of shape {wanted}.")
     x = state.transpose(0, 1)
-    if state.is_complex():
+    if is_complex:
         x = torch.cat([x.real, x.imag], dim=-1)
-    return x.to(u.dtype)
+    return x.to(dtype)
 
 
 def _to_state(system: System, x: Tensor) -> Tensor:

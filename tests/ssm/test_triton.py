@@ -1,0 +1,277 @@
+"""The fused engine against the plain one in float64: in Triton's interpreter where there is no CUDA, else on the GPU.
+
+`make test-gpu` runs the shapes of practical size (mark `gpu`); the interpreter runs small ones that reach the same branches.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from s4audio import S4, S4D
+from s4audio.ssm import backend, chunk, ops, run
+from tests.ssm.systems import FAMILIES, cast, discretize, error, parameters
+
+fused = pytest.importorskip("s4audio.ssm.triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KINDS = [("diagonal", "lin"), ("dplr", "legs"), ("real modes", "real")]
+# float32 comes out as float32. The others are rounded on the way in and out, and bfloat16 once more in every product.
+VALUES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+GRADIENTS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+def through(
+    implementation, kind: str, init: str, u: Tensor, d_state: int, exact: bool, state: bool = True
+) -> dict[str, Tensor]:
+    """Output, final state and all gradients of a random system; in float64 if exact, else in u's dtype."""
+    torch.manual_seed(1)
+    batch, H, length = u.shape
+    dtype = torch.float64 if exact else torch.float32
+    values = {
+        name: cast(value, dtype).to(u.device).requires_grad_() for name, value in parameters(kind, init, H, d_state).items()
+    }
+    system = discretize(values, "bilinear", dtype)
+    S = system.C.shape[1] * (2 if system.C.is_complex() else 1)
+    drawn = [torch.randn(H, batch, S), torch.randn(batch, H, length), torch.randn(H, batch, S)]
+    x, dy, dlast = (v.to(u.device) for v in drawn)
+    u = (u.double() if exact else u).detach().requires_grad_()
+    x = (x * state).to(dtype).requires_grad_()
+    y, last = implementation.run(system, u, x)
+    torch.autograd.backward([y, last], [dy.to(y.dtype), dlast.to(last.dtype)])
+    gradients = {f"d{name}": value.grad for name, value in values.items()}
+    found = {"y": y, "last": last, "du": u.grad, "dx": x.grad, **gradients}
+    return {
+        name: value.detach().cpu().to(torch.complex128 if value.is_complex() else torch.float64)
+        for name, value in found.items()
+    }
+
+
+def compare(
+    kind: str,
+    init: str,
+    shape: tuple[int, int, int],
+    d_state: int,
+    dtype: torch.dtype,
+    state: bool = True,
+    looser: float = 1,
+) -> None:
+    """Values and gradients of the fused engine against float64; `looser` is for the gradients."""
+    u = torch.randn(shape, device=DEVICE).to(dtype)
+    wanted = through(chunk, kind, init, u, d_state, exact=True, state=state)
+    found = through(fused, kind, init, u, d_state, exact=False, state=state)
+    for name, value in found.items():
+        tolerance = VALUES[dtype] if name in ("y", "last") else looser * GRADIENTS[dtype]
+        assert error(value, wanted[name]) < tolerance, name
+
+
+@pytest.mark.parametrize("length", [1, 3, 16, 31, 32, 33, 65, 200])
+@pytest.mark.parametrize("kind, init", KINDS)
+def test_equals_the_plain_engine_at_any_length(kind, init, length):
+    compare(kind, init, (2, 3, length), 8, torch.float32)
+
+
+@pytest.mark.parametrize("kind, init", FAMILIES)
+def test_equals_the_plain_engine_in_every_family(kind, init):
+    compare(kind, init, (2, 3, 100), 16, torch.float32, state=False)
+
+
+@pytest.mark.parametrize("d_state", [2, 10, 64, 80, 256])
+def test_any_state_size(d_state):
+    compare("diagonal", "lin", (2, 2, 70), d_state, torch.float32)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 17])
+@pytest.mark.parametrize("kind, init", KINDS)
+def test_any_batch(kind, init, batch):
+    compare(kind, init, (batch, 2, 130), 8, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind, init", KINDS)
+def test_half_precision_in_half_precision_out(kind, init, dtype):
+    compare(kind, init, (2, 3, 200), 8, dtype)
+
+
+def test_products_of_two_parts_keep_sixteen_bits(monkeypatch):
+    monkeypatch.setattr(fused, "SMALL", 0)
+    compare("diagonal", "lin", (2, 3, 200), 16, torch.float32, looser=10)  # dt sums over modes that cancel
+
+
+@pytest.mark.parametrize("span", [1, 3, 7])
+@pytest.mark.parametrize("kind, init", [("diagonal", "lin"), ("dplr", "legs")])
+def test_any_cut_into_segments(monkeypatch, kind, init, span):
+    cut = fused.cut
+
+    def into(u: Tensor) -> fused.Cut:
+        shape = cut(u)
+        return shape._replace(span=span, num_segments=-(-shape.num_chunks // span))
+
+    monkeypatch.setattr(fused, "cut", into)
+    compare(kind, init, (2, 2, 32 * 7 + 5), 8, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "shape", [(64, 512, 1024), (8, 64, 131072), (1, 64, 2**20), (1, 2, 90000), (128, 512, 16), (3, 1, 1)]
+)
+def test_the_cut_covers_the_sequence_and_wastes_no_steps(shape):
+    for dtype in fused.PRECISION:
+        found = fused.cut(torch.empty(shape, dtype=dtype, device="meta"))
+        assert found.num_chunks * found.T + found.rest == shape[2]
+        assert (found.num_segments - 1) * found.span < max(1, found.num_chunks) <= found.num_segments * found.span
+        assert found.num_chunks == 0 or 1 <= found.last_span <= found.span
+
+
+def test_a_block_carries_on_where_the_last_one_ended():
+    system = discretize(parameters("diagonal", "lin", 3, 8), "zoh", torch.float32)
+    system = system._replace(**{name: getattr(system, name).to(DEVICE) for name in ("log_A_bar", "B_bar", "C")})
+    u = torch.randn(2, 3, 150, device=DEVICE)
+    with backend("triton"):
+        whole, after = run(system, u)
+        outputs, state = [], None
+        for block in u.split([1, 70, 0, 79], dim=-1):
+            y, state = run(system, block, state)
+            outputs.append(y)
+    assert error(torch.cat(outputs, -1).cpu(), whole.cpu()) < 1e-5
+    assert error(state.cpu(), after.cpu()) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_a_number_stays_in_its_sequence(bad):
+    u = torch.randn(3, 2, 100, device=DEVICE)
+    u[1, 0, 40] = bad
+    system = discretize({k: v.to(DEVICE) for k, v in parameters("diagonal", "lin", 2, 8).items()}, "zoh", torch.float32)
+    with backend("triton"):
+        y, _ = run(system, u)
+    assert torch.isfinite(y[[0, 2]]).all() and torch.isfinite(y[1, 1]).all()
+    assert not torch.isfinite(y[1, 0, 64:]).any()
+
+
+def test_gradients_are_the_same_every_time():
+    u = torch.randn(5, 2, 300, device=DEVICE)
+    first, second = (through(fused, "diagonal", "lin", u, 8, exact=False) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_inputs_may_be_strided_and_the_gradient_expanded():
+    system = discretize({k: v.to(DEVICE) for k, v in parameters("diagonal", "lin", 3, 8).items()}, "zoh", torch.float32)
+    plain = torch.randn(2, 100, 3, device=DEVICE)
+    for u in (plain.mT, plain.mT.flip(1)[:, :, ::2]):
+        u = u.detach().requires_grad_()
+        gradients = []
+        for name in ("triton", "chunk"):
+            with backend(name):
+                y, _ = run(system, u)
+            gradients += torch.autograd.grad(y.mean(-1).sum(), u)
+        assert error(gradients[0].cpu(), gradients[1].cpu()) < 1e-5
+
+
+def test_no_states_are_kept_without_a_gradient(monkeypatch):
+    kept = []
+    real = fused.walk
+    monkeypatch.setattr(fused, "walk", lambda *args: kept.append(args[-1]) or real(*args))
+    layer, u = S4D(2, 8).to(DEVICE), torch.randn(1, 2, 50, device=DEVICE)
+    with backend("triton"):
+        layer(u)
+        with torch.no_grad():
+            layer(u)
+    assert kept == [True, False]
+
+
+def test_refusals_say_why():
+    system = discretize(parameters("diagonal", "lin", 3, 8), "async", torch.float32, gap=torch.ones(4))
+    with backend("triton"):
+        with pytest.raises(RuntimeError, match="one gap per sample"):
+            run(system, torch.ones(1, 3, 4))
+        with pytest.raises(RuntimeError, match=r"u is torch.float64.*use auto or chunk"):
+            run(discretize(parameters("diagonal", "lin", 3, 8), "zoh"), torch.ones(1, 3, 4, dtype=torch.float64))
+        with pytest.raises(RuntimeError, match="with 128 states, and its kernels take at most 64"):
+            run(discretize(parameters("dplr", "legs", 1, 128), "bilinear", torch.float32), torch.ones(1, 1, 4))
+
+
+def test_without_a_gpu_it_is_refused_and_auto_goes_on(monkeypatch):
+    monkeypatch.setattr(fused, "INTERPRETED", False)
+    system = discretize(parameters("diagonal", "lin", 3, 8), "zoh", torch.float32)
+    with pytest.raises(RuntimeError, match="u is on the cpu, and its kernels need CUDA"), backend("triton"):
+        run(system, torch.ones(1, 3, 4))
+    run(system, torch.ones(1, 3, 4))
+
+
+def test_without_triton_it_is_refused_and_auto_goes_on(monkeypatch):
+    monkeypatch.setattr(ops, "fused", None)
+    system = discretize(parameters("diagonal", "lin", 3, 8), "zoh", torch.float32)
+    with pytest.raises(RuntimeError, match="Triton is not installed"), backend("triton"):
+        run(system, torch.ones(1, 3, 4))
+    run(system, torch.ones(1, 3, 4))
+
+
+# torch.compile and torch.library
+
+
+@pytest.mark.parametrize("name", ["triton", "chunk"])
+@pytest.mark.parametrize("layer", [S4D, S4])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_compiles_whole_with_the_same_gradients(layer, bidirectional, name):
+    module = layer(2, 8, bidirectional=bidirectional).to(DEVICE)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    u = torch.randn(2, 2, 100, device=DEVICE, requires_grad=True)
+    with backend(name):
+        results = []
+        for function in (module, compiled):
+            y = function(u)
+            results.append((y, *torch.autograd.grad(y.square().sum(), [u, *module.parameters()])))
+    for plain, whole in zip(*results, strict=True):
+        assert error(whole.detach().cpu(), plain.detach().cpu()) < 1e-6
+
+
+def test_operations_are_registered_as_torch_wants_them():
+    torch.manual_seed(0)
+    modes, H, T = 4, 2, 32
+    log = torch.stack([-torch.rand(H, modes), torch.randn(H, modes)], -1).double()
+    B, C = torch.randn(H, modes, 2), torch.randn(H, modes, 2)
+    log, B, C = (v.to(DEVICE).requires_grad_() for v in (log, B, C))
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(fused.diagonal_operators, (log, B, C, T, 5), test_utils=tests)
+    operators = [v.detach().requires_grad_() for v in fused.diagonal_operators(log, B, C, T, 5)]
+    u, x = torch.randn(2, H, 69, device=DEVICE, requires_grad=True), torch.randn(H, 2, 2 * modes, device=DEVICE)
+    torch.library.opcheck(fused.walk, (u, x, *operators, True), test_utils=tests)
+
+
+# On the GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [1, 3, 63, 64, 65, 1000, 1024, 1047, 4096])
+@pytest.mark.parametrize("batch", [1, 3, 64])
+@pytest.mark.parametrize("kind, init", KINDS)
+def test_gpu_any_batch_and_length(kind, init, batch, length):
+    compare(kind, init, (batch, 3, length), 64, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("d_state", [2, 10, 64, 256])
+@pytest.mark.parametrize("state", [False, True])
+def test_gpu_state_sizes_on_a_long_sequence(d_state, state):
+    compare("diagonal", "lin", (1, 2, 90000), d_state, torch.float32, state=state)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind, init", KINDS)
+def test_gpu_half_precision(kind, init, dtype):
+    compare(kind, init, (8, 16, 4096), 64, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gpu_large(dtype):
+    compare("diagonal", "lin", (16, 64, 8192), 64, dtype)
+
+
+@pytest.mark.gpu
+def test_gpu_bfloat16_with_float32_parameters():
+    layer, u = S4D(4).cuda(), torch.randn(2, 4, 1000, device="cuda")
+    y = layer(u.bfloat16())
+    assert y.dtype == torch.bfloat16
+    assert error(y.float().detach().cpu(), layer(u).detach().cpu()) < 1e-2
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        assert torch.equal(layer(u.bfloat16()), y)
