@@ -25,9 +25,11 @@ class ChannelNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_channels))
 
     def forward(self, u: Tensor) -> Tensor:
-        """(B, C, L) -> (B, C, L)"""
-        variance, mean = torch.var_mean(u, dim=1, correction=0, keepdim=True)
-        return (u - mean) * torch.rsqrt(variance + 1e-5) * self.weight.unsqueeze(-1) + self.bias.unsqueeze(-1)
+        """(B, C, L) -> (B, C, L), in the precision of u; of half precision it is computed in float32."""
+        exact = u if u.dtype == torch.float64 else u.float()
+        variance, mean = torch.var_mean(exact, dim=1, correction=0, keepdim=True)
+        y = (exact - mean) * torch.rsqrt(variance + 1e-5) * self.weight.unsqueeze(-1) + self.bias.unsqueeze(-1)
+        return y.to(u.dtype)
 
 
 POINTWISE = (ChannelNorm, nn.GELU, nn.GLU, nn.Dropout, nn.Identity)

@@ -70,7 +70,8 @@ def _dirac_diagonal(z: Tensor, B: Tensor, dt: Tensor, alpha: float) -> tuple[Ten
 def _bilinear_dense(Z: Tensor, B: Tensor, dt: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     eye = torch.eye(Z.shape[-1], dtype=Z.dtype, device=Z.device)
     right_hand_sides = torch.cat([eye + (1 - alpha) * Z, (dt * B).unsqueeze(-1)], dim=-1)
-    solved = torch.linalg.solve(eye - alpha * Z, right_hand_sides)
+    # Never singular, as Z's eigenvalues lie in the left half plane: not `solve`, which would wait for the GPU to check it.
+    solved = torch.linalg.solve_ex(eye - alpha * Z, right_hand_sides).result
     return solved[..., :-1], solved[..., -1]
 
 

@@ -86,8 +86,6 @@ def cut(u: Tensor) -> Cut:
 
 def refusal(system: DiagonalSystem | DPLRSystem, u: Tensor) -> str | None:
     """Why these kernels cannot run the system on u; None if they can."""
-    if not u.is_cuda and not INTERPRETED:
-        return f"u is on the {u.device.type}, and its kernels need CUDA"
     if system.gap is not None:
         return "the system has one gap per sample, and its kernels are for systems that do not vary in time"
     if u.dtype not in PRECISION:
@@ -95,6 +93,8 @@ def refusal(system: DiagonalSystem | DPLRSystem, u: Tensor) -> str | None:
     if isinstance(system, DPLRSystem) and system.C.shape[-1] > MODES:
         states = 2 * system.C.shape[-1]
         return f"the system is diagonal plus low-rank with {states} states, and its kernels take at most {2 * MODES}"
+    if not u.is_cuda and not INTERPRETED:
+        return f"u is on the {u.device.type}, and its kernels need CUDA"
     return None
 
 

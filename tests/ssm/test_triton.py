@@ -264,7 +264,7 @@ def test_gpu_half_precision(kind, init, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gpu_large(dtype):
-    compare("diagonal", "lin", (16, 64, 8192), 64, dtype)
+    compare("diagonal", "lin", (16, 64, 8192), 64, dtype, looser=3)  # products of two parts, above SMALL
 
 
 @pytest.mark.gpu
