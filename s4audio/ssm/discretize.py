@@ -4,7 +4,8 @@ Every scheme stands here once, in two forms with the same name:
 
 * `DIAGONAL[name](z, B, dt, alpha)` for a diagonal A, elementwise on z = dt A. It returns log A_bar, not A_bar: powers
   taken from the logarithm keep their digits (5e-5 against 3e-6 in float32, over a chunk).
-* `DENSE[name](Z, B, dt, alpha)` for a matrix A, on Z = dt A.
+* `DENSE[name](Z, resolvent, B, dt, alpha)` for a matrix A, on Z = dt A, where resolvent(alpha) is (I - alpha Z)^-1: whoever
+  knows more of Z than its numbers inverts it better than a solver.
 
 | name                 | A_bar                             | B_bar                          |
 | -------------------- | --------------------------------- | ------------------------------ |
@@ -26,6 +27,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+Resolvent = Callable[[float], Tensor]
 
 DISCRETIZATIONS = ("bilinear", "generalized_bilinear", "zoh", "dirac", "async")
 
@@ -67,28 +70,25 @@ def _dirac_diagonal(z: Tensor, B: Tensor, dt: Tensor, alpha: float) -> tuple[Ten
     return z, dt * B
 
 
-def _bilinear_dense(Z: Tensor, B: Tensor, dt: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+def _bilinear_dense(Z: Tensor, resolvent: Resolvent, B: Tensor, dt: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    inverse = resolvent(alpha)
     eye = torch.eye(Z.shape[-1], dtype=Z.dtype, device=Z.device)
-    right_hand_sides = torch.cat([eye + (1 - alpha) * Z, (dt * B).unsqueeze(-1)], dim=-1)
-    # Never singular, as Z's eigenvalues lie in the left half plane: not `solve`, which would wait for the GPU to check it.
-    solved = torch.linalg.solve_ex(eye - alpha * Z, right_hand_sides).result
-    return solved[..., :-1], solved[..., -1]
+    # (I - alpha Z)^-1 (I + (1 - alpha) Z), without a product
+    return (inverse - (1 - alpha) * eye) / alpha, (inverse @ (dt * B).unsqueeze(-1)).squeeze(-1)
 
 
-def _zoh_dense(Z: Tensor, B: Tensor, dt: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+def _zoh_dense(Z: Tensor, resolvent: Resolvent, B: Tensor, dt: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     # exp([[Z, dt B], [0, 0]]) = [[exp(Z), A^-1 (exp(Z) - I) B], [0, 1]]: no inverse of A, which may be singular.
     augmented = torch.cat([Z, (dt * B).unsqueeze(-1)], dim=-1)
     exponential = torch.matrix_exp(torch.nn.functional.pad(augmented, (0, 0, 0, 1)))
     return exponential[..., :-1, :-1], exponential[..., :-1, -1]
 
 
-def _dirac_dense(Z: Tensor, B: Tensor, dt: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+def _dirac_dense(Z: Tensor, resolvent: Resolvent, B: Tensor, dt: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     return torch.matrix_exp(Z), dt * B
 
 
-Scheme = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
-
-DIAGONAL: dict[str, Scheme] = {
+DIAGONAL: dict[str, Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]] = {
     "bilinear": lambda z, B, dt, alpha: _bilinear_diagonal(z, B, dt, 0.5),
     "generalized_bilinear": _bilinear_diagonal,
     "zoh": _zoh_diagonal,
@@ -96,8 +96,8 @@ DIAGONAL: dict[str, Scheme] = {
     "async": _zoh_diagonal,
 }
 
-DENSE: dict[str, Scheme] = {
-    "bilinear": lambda Z, B, dt, alpha: _bilinear_dense(Z, B, dt, 0.5),
+DENSE: dict[str, Callable[[Tensor, Resolvent, Tensor, Tensor, float], tuple[Tensor, Tensor]]] = {
+    "bilinear": lambda Z, resolvent, B, dt, alpha: _bilinear_dense(Z, resolvent, B, dt, 0.5),
     "generalized_bilinear": _bilinear_dense,
     "zoh": _zoh_dense,
     "dirac": _dirac_dense,

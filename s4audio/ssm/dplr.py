@@ -5,6 +5,7 @@ this is linear over the reals, A x = Lambda x - P 2 Re(P^* x), so here it is an 
 [Re x, Im x]: half the size of the complex matrix, and no complex product on the way to the engine.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -65,7 +66,7 @@ def dplr_system(
             raise ValueError(f"{name} is {parameter.dtype}; such a system takes complex modes, one of each conjugate pair.")
     dt = dt.reshape(-1, 1).double() * rate
     Z = dt.unsqueeze(-1) * real_matrix(A, P)
-    A_bar, B_bar = DENSE[discretization](Z, real_vector(B), dt, alpha)
+    A_bar, B_bar = DENSE[discretization](Z, partial(resolvent, A, P, dt), real_vector(B), dt, alpha)
     per_sample = gap if isinstance(gap, Tensor) else None
     if per_sample is None and gap != 1.0:
         A_bar = torch.matrix_exp(Z * float(gap))
@@ -78,9 +79,27 @@ def real_vector(v: Tensor) -> Tensor:
     return torch.cat([v.real, v.imag], dim=-1).double()
 
 
+def real_diagonal(Lambda: Tensor) -> Tensor:
+    """The real (H, N, N) float64 matrix of x -> Lambda x, acting on [Re x, Im x]."""
+    re, im = torch.diag_embed(Lambda.real.double()), torch.diag_embed(Lambda.imag.double())
+    return torch.cat([torch.cat([re, -im], dim=-1), torch.cat([im, re], dim=-1)], dim=-2)
+
+
 def real_matrix(Lambda: Tensor, P: Tensor) -> Tensor:
     """The real (H, N, N) float64 matrix of x -> Lambda x - P 2 Re(P^* x), acting on [Re x, Im x]."""
-    re, im = torch.diag_embed(Lambda.real.double()), torch.diag_embed(Lambda.imag.double())
-    rotation = torch.cat([torch.cat([re, -im], dim=-1), torch.cat([im, re], dim=-1)], dim=-2)
     p = real_vector(P)
-    return rotation - 2 * p.unsqueeze(-1) * p.unsqueeze(-2)
+    return real_diagonal(Lambda) - 2 * p.unsqueeze(-1) * p.unsqueeze(-2)
+
+
+def resolvent(Lambda: Tensor, P: Tensor, dt: Tensor, alpha: float) -> Tensor:
+    """(I - alpha dt A)^-1 of A = `real_matrix(Lambda, P)`, dt (H, 1), by Sherman and Morrison's formula.
+
+    With M = I - alpha dt Lambda, A's low rank adds 2 alpha dt p p^T to it. Never singular: Re Lambda <= 0, so that M and
+    its inverse have a positive real part and the denominator is at least 1.
+    """
+    m = 1 / (1 - alpha * dt * Lambda.to(torch.complex128))  # (H, N/2), M^-1
+    P = P.to(torch.complex128)
+    left, right = real_vector(m * P), real_vector(m.conj() * P)  # M^-1 p and p^T M^-1
+    weight = 2 * alpha * dt
+    scale = weight / (1 + weight * (real_vector(P) * left).sum(-1, keepdim=True))  # (H, 1)
+    return real_diagonal(m) - scale.unsqueeze(-1) * left.unsqueeze(-1) * right.unsqueeze(-2)

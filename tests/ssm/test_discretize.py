@@ -10,6 +10,7 @@ from scipy.signal import cont2discrete
 
 from s4audio.ssm import DISCRETIZATIONS, diagonal_system, dplr_system, kernel
 from s4audio.ssm.discretize import DENSE, DIAGONAL, expm1_ratio
+from s4audio.ssm.dplr import real_matrix, resolvent
 from tests.ssm.systems import ALPHA, FAMILIES, discretize, error, full_matrices, parameters
 
 
@@ -86,7 +87,9 @@ def test_diagonal_form_equals_dense_form_of_a_diagonal_matrix(discretization):
     z = torch.tensor(complex_numbers(1e-3), dtype=torch.complex128)
     B, dt = torch.randn_like(z), torch.tensor([0.01], dtype=torch.float64)
     log_A_bar, B_bar = DIAGONAL[discretization](z, B, dt, ALPHA)
-    A_bar_dense, B_bar_dense = DENSE[discretization](torch.diag(z), B, dt, ALPHA)
+    Z = torch.diag(z)
+    inverse = lambda alpha: torch.linalg.inv(torch.eye(len(z)) - alpha * Z)  # noqa: E731
+    A_bar_dense, B_bar_dense = DENSE[discretization](Z, inverse, B, dt, ALPHA)
     assert error(torch.diag(torch.exp(log_A_bar)), A_bar_dense) < 1e-13
     assert error(B_bar, B_bar_dense) < 1e-13
 
@@ -254,3 +257,14 @@ def test_dplr_with_a_real_A():
     A = -torch.ones(2, 4)
     with pytest.raises(ValueError, match=r"A is torch.float32; such a system takes complex modes"):
         dplr_system(A, A, A, A, torch.ones(2, 1))
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.8, 1.0])
+def test_resolvent_is_the_inverse(alpha):
+    values = parameters("dplr", "legs", 3, 64)
+    Z = values["dt"].unsqueeze(-1) * real_matrix(values["A"], values["P"])
+    identity = torch.eye(64, dtype=torch.float64)
+    assert (
+        error(resolvent(values["A"], values["P"], values["dt"], alpha) @ (identity - alpha * Z), identity.expand(3, -1, -1))
+        < 1e-12
+    )
