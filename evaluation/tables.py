@@ -113,7 +113,37 @@ def calibration() -> str:
     return table(*rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"system4": system4, "real_audio": real_audio, "calibration": calibration}
+def ssm_conv_cuda() -> str:
+    rows: list[tuple[str, ...]] = [
+        ("(batch, channels, samples)", "pass", "textbook", "float32", "faster", "memory", "bfloat16", "faster", "memory")
+    ]
+    found = read("ssm_conv_cuda")["rows"]
+    for textbook in (row for row in found if row["path"] == "textbook"):
+        first = textbook["pass"] == "forward"
+        cells = [str(tuple(textbook["shape"])) if first else "", textbook["pass"], milliseconds(textbook)]
+        for dtype in ("float32", "bfloat16"):
+            ours = next(
+                row for row in found
+                if (row["path"], row["dtype"]) == ("ours", dtype)
+                and (row["shape"], row["pass"]) == (textbook["shape"], textbook["pass"])
+            )  # fmt: skip
+            times, share = ours["faster"], ours["memory_ratio"]
+            cells += [milliseconds(ours), "-" if times is None else f"{number(times)}×"]
+            cells.append("-" if share is None else f"1/{share:.1f}" if share > 1 else f"{1 / share:.1f}×")
+        rows.append(tuple(cells))
+    return table(*rows)
+
+
+def milliseconds(row: dict[str, Any]) -> str:
+    return "out of memory" if row["ms"] is None else f"{number(row['ms'])} ms, {row['mib']:,.0f} MiB"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "system4": system4,
+    "real_audio": real_audio,
+    "calibration": calibration,
+    "ssm_conv_cuda": ssm_conv_cuda,
+}
 
 
 def renewed(text: str) -> str:
