@@ -140,6 +140,7 @@ def measure_on_cuda(once: Callable[[], None], repeats: int) -> dict[str, float |
         mib = (torch.cuda.max_memory_allocated() - before) / 2**20
         eager = milliseconds(once, repeats)
         side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             once()
         torch.cuda.current_stream().wait_stream(side)

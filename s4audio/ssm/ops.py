@@ -12,7 +12,9 @@ from s4audio.ssm.dplr import DPLRSystem
 
 try:
     from s4audio.ssm import triton as fused
-except ImportError:  # there is no Triton for this machine
+except ModuleNotFoundError as error:  # not every platform has Triton
+    if error.name != "triton":
+        raise
     fused = None  # type: ignore[assignment]
 
 System = DiagonalSystem | DPLRSystem
@@ -24,7 +26,8 @@ _backend = "auto"  # of the whole process; a plain global, which torch.compile c
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     """Run state spaces by `reference` (sample by sample), `chunk` (the engine in PyTorch), `triton` (the same, fused, on
-    CUDA) or `auto` (the fastest that can; the default).
+    CUDA) or `auto` (the fastest that can; the default). For the whole process, all its threads. `triton` has no second
+    derivatives.
 
     Raises:
         ValueError: an unknown name.
@@ -43,8 +46,8 @@ def run(system: System, u: Tensor, state: Tensor | None = None) -> tuple[Tensor,
     """The system's output and final state, without the D term.
 
     Args:
-        u: (batch, H, L) real input, any L. The arithmetic is float64 if u is, and otherwise float32; `triton` multiplies
-            float16 and bfloat16 as they are, with float32 sums and states.
+        u: (batch, H, L) real input, any L. The arithmetic is float64 if u is, and otherwise float32; but `triton`
+            multiplies in bfloat16 if u is, and sums in float32 (triton.py says how).
         state: (batch, H, N/2) complex, or (batch, H, N) real for real modes; zero if None.
 
     Returns:
@@ -58,6 +61,8 @@ def run(system: System, u: Tensor, state: Tensor | None = None) -> tuple[Tensor,
     if system.gap is not None:
         _check_gaps(system.gap, u)
     name = _backend
+    if name != "reference" and not torch.compiler.is_compiling():
+        _refuse_forward_mode()
     with torch.autocast(u.device.type, enabled=False):
         dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
         x = _to_real(system, state, u, dtype)
@@ -68,8 +73,15 @@ def run(system: System, u: Tensor, state: Tensor | None = None) -> tuple[Tensor,
         return y.to(u.dtype), _to_state(system, x)
 
 
+def _refuse_forward_mode() -> None:
+    """Operations of torch.library have no forward-mode derivatives, and torch.func.jvp takes them for constants."""
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    if interpreter is not None and interpreter.key() == torch._C._functorch.TransformType.Jvp:
+        raise RuntimeError("the engine has no forward-mode derivatives; take them within s4audio.backend('reference').")
+
+
 def _runs_fused(name: str, system: System, u: Tensor) -> bool:
-    if name not in ("auto", "triton") or (name == "auto" and not u.is_cuda):
+    if name not in ("auto", "triton") or (name == "auto" and not u.is_cuda) or u.numel() == 0:
         return False
     refusal = "Triton is not installed" if fused is None else fused.refusal(system, u)
     if refusal and name == "triton":
@@ -136,6 +148,8 @@ def _check_input(system: System, u: Tensor) -> None:
         raise ValueError(f"u has shape {tuple(u.shape)}; wanted (batch, {system.C.shape[0]}, length).")
     if not u.is_floating_point():
         raise ValueError(f"u is {u.dtype}; wanted a real floating-point tensor.")
+    if u.device != system.C.device:
+        raise ValueError(f"u is on {u.device} and the system on {system.C.device}; move one of them.")
 
 
 def _check_gaps(gap: Tensor, u: Tensor) -> None:

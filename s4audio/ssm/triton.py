@@ -17,7 +17,7 @@ The samples after the last whole chunk are a chunk of their own with the last ro
 Sums and states are float32. Products of float32 are three TF32 products forward (2^-22: values as exact as float32 is) and
 three bfloat16 products backward ("bf16x3": each factor is split into a high and a low part of 8 bits, 2^-17), which take
 half the time and half the registers; below SMALL numbers of input, where time does not matter, backward too is TF32. float16
-splits into two bfloat16 numbers without a rest, and bfloat16 is one product.
+splits into two bfloat16 numbers without a rest, and bfloat16 is one product. S4's dense carry is TF32 always.
 """
 
 import math
@@ -93,15 +93,19 @@ def refusal(system: DiagonalSystem | DPLRSystem, u: Tensor) -> str | None:
     if isinstance(system, DPLRSystem) and system.C.shape[-1] > MODES:
         states = 2 * system.C.shape[-1]
         return f"the system is diagonal plus low-rank with {states} states, and its kernels take at most {2 * MODES}"
-    if not u.is_cuda and not INTERPRETED:
-        return f"u is on the {u.device.type}, and its kernels need CUDA"
+    if u.shape[1] > 65535 or u.shape[2] >= 2**30:
+        return f"u has {u.shape[1]} channels of {u.shape[2]} samples, and its kernels count to 65535 and to 2^30"
+    if INTERPRETED:
+        return None
+    if not u.is_cuda or torch.version.hip:
+        return f"u is on the {'AMD GPU' if u.is_cuda else u.device.type}, and its kernels need CUDA"
+    if torch.cuda.get_device_properties(u.device).major < 8:
+        return "this GPU is older than NVIDIA's Ampere, and its kernels multiply bfloat16 and TF32"
     return None
 
 
 def run(system: DiagonalSystem | DPLRSystem, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """y (B, H, L) in u's dtype and the final state (H, B, S) from u (B, H, L) and the state x (H, B, S) float32."""
-    if u.numel() == 0:
-        return u, x
     shape = cut(u)
     if isinstance(system, DPLRSystem):
         K, P, Q, carry = dense_operators(system, shape.T)
@@ -170,7 +174,8 @@ def diagonal_operators(
     K, P, Q, carry, carry_rest = _empty_operators(log_A_bar, B, T)
     H, modes, _ = B.shape
     N = max(16, triton.next_power_of_2(modes))
-    _operators[(H,)](log_A_bar, B, C, K, P, Q, carry, carry_rest, rest, modes, T, N)
+    with torch.cuda.device_of(B):  # Triton launches on the current device; backward, autograd has made it the tensors'
+        _operators[(H,)](log_A_bar, B, C, K, P, Q, carry, carry_rest, rest, modes, T, N)
     return K, P, Q, carry, carry_rest
 
 
@@ -243,7 +248,7 @@ def _pair(pointer, h, n, modes):
 @triton.jit
 def _operators(log_A_bar, B, C, K, P, Q, carry, carry_rest, rest, modes, T: tl.constexpr, N: tl.constexpr):
     """One channel a program."""
-    h = tl.program_id(0)
+    h = tl.program_id(0).to(tl.int64)
     t, n = tl.arange(0, T), tl.arange(0, N)
     log = _pair(log_A_bar, h, n, modes)
     B_re, B_im = _pair(B, h, n, modes)
@@ -282,7 +287,7 @@ def _operators_backward(
     dK, dP, dQ, dcarry, dcarry_rest, log_A_bar, B, C, dlog, dB, dC, rest, modes, T: tl.constexpr, N: tl.constexpr
 ):  # fmt: skip
     """One channel a program."""
-    h = tl.program_id(0)
+    h = tl.program_id(0).to(tl.int64)
     t, n = tl.arange(0, T), tl.arange(0, N)
     log = _pair(log_A_bar, h, n, modes)
     b, c = _pair(B, h, n, modes), _pair(C, h, n, modes)
@@ -359,7 +364,14 @@ def walk(
         y (B, H, L) in u's dtype, the state after the last sample (H, B, S), and, if kept, the states before each chunk
         (B, H, M, S), in bfloat16 if that is how they are multiplied.
     """
-    u, x, K, P, Q, carry, carry_rest = _rows(u), *(v.contiguous() for v in (x, K, P, Q, carry, carry_rest))
+    with torch.cuda.device_of(u):
+        x, K, P, Q, carry, carry_rest = (v.contiguous() for v in (x, K, P, Q, carry, carry_rest))
+        return _walk(_rows(u), x, K, P, Q, carry, carry_rest, keep)
+
+
+def _walk(
+    u: Tensor, x: Tensor, K: Tensor, P: Tensor, Q: Tensor, carry: Tensor, carry_rest: Tensor, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     y, last, X = _empty_walk(u, x, P, keep)
     batch, channels, length = u.shape
     shape = cut(u)
@@ -389,6 +401,13 @@ def walk(
         )  # fmt: skip
         last = after
     return y, last, X
+
+
+def _programs(lanes: int, channels: int) -> tuple[int, int]:
+    """Programs of a channel and the tiles of lanes that each walks, one after the other; each writes sums of its own."""
+    tiles = triton.cdiv(lanes, LANES)
+    each = max(1, tiles * channels // FILL)
+    return triton.cdiv(tiles, each), each
 
 
 def _constants(S: int, T: int, carry: Tensor, product: str) -> dict[str, Any]:
@@ -447,8 +466,8 @@ def _walk_backward(
     dense = carry.shape[-1] == S
     exact = u.dtype == torch.float32 and u.numel() < SMALL
     common = _constants(S, T, carry, PRECISION[u.dtype].forward if exact else PRECISION[u.dtype].backward)
-    body = triton.cdiv(batch * shape.num_segments, LANES) if shape.num_chunks else 0
-    tail = triton.cdiv(batch, LANES) if shape.rest else 0
+    body, body_tiles = _programs(batch * shape.num_segments, channels) if shape.num_chunks else (0, 0)
+    tail, tail_tiles = _programs(batch, channels) if shape.rest else (0, 0)
     size_A = S * S if dense else S
     partial = dlast.new_empty(channels, body + tail, T * T + 2 * T * S + size_A)
     gradient = dlast.contiguous()
@@ -456,15 +475,15 @@ def _walk_backward(
         before = torch.empty_like(gradient)
         _backward[(tail, channels)](
             u, dy, du, X, gradient, before, partial, K, P, Q, carry_rest, u.stride(0), u.stride(1), dy.stride(0),
-            dy.stride(1), du.stride(0), du.stride(1), batch, 1, 1, 1, shape.num_chunks * T, shape.rest, X.stride(1),
-            shape.num_chunks, body, body + tail, **common,
+            dy.stride(1), du.stride(0), du.stride(1), batch, tail_tiles, 1, 1, 1, shape.num_chunks * T, shape.rest,
+            X.stride(1), shape.num_chunks, body, body + tail, **common,
         )  # fmt: skip
         gradient = before
     if shape.num_chunks:
         ends = gradient
         if shape.num_segments > 1:
             sums = dlast.new_empty(channels, batch * shape.num_segments, S)
-            _sums[(body, channels)](
+            _sums[(triton.cdiv(batch * shape.num_segments, LANES), channels)](
                 dy, sums, Q, carry, dy.stride(0), dy.stride(1), batch, shape.num_segments, shape.span, shape.num_chunks,
                 1, T, BACK=True, **common,
             )  # fmt: skip
@@ -472,15 +491,15 @@ def _walk_backward(
         before = torch.empty_like(gradient)
         _backward[(body, channels)](
             u, dy, du, X, ends, before, partial, K, P, Q, carry, u.stride(0), u.stride(1), dy.stride(0), dy.stride(1),
-            du.stride(0), du.stride(1), batch, shape.num_segments, shape.span, shape.num_chunks, 0, T, X.stride(1), 0,
-            0, body + tail, **common,
+            du.stride(0), du.stride(1), batch, body_tiles, shape.num_segments, shape.span, shape.num_chunks, 0, T,
+            X.stride(1), 0, 0, body + tail, **common,
         )  # fmt: skip
         gradient = before
     first, second, third = T * T, T * T + T * S, T * T + 2 * T * S
     total = partial[..., :third].sum(1) if body + tail > 1 else partial[:, 0, :third]
     dK = total[:, :first].unflatten(1, (T, T)).sum(1)
-    dP = total[:, first:second].unflatten(1, (T, S)).contiguous()
-    dQ = total[:, second:].unflatten(1, (S, T)).contiguous()
+    # Copies: what an operation returns must not share memory, and of one channel these slices are contiguous already.
+    dP, dQ = total[:, first:second].clone().unflatten(1, (T, S)), total[:, second:].clone().unflatten(1, (S, T))
     dA = [partial[:, part, third:].sum(1).to(carry.dtype).view(carry.shape) for part in (slice(body), slice(body, None))]
     return du, gradient, dK, dP, dQ, dA[0], dA[1]
 
@@ -489,6 +508,14 @@ def _walk_backward(
 def _(dy, dlast, u, X, K, P, Q, carry, carry_rest):
     du = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     return du, *(torch.empty_like(v, memory_format=torch.contiguous_format) for v in (dlast, K, P, Q, carry, carry_rest))
+
+
+def _refuse_second_derivatives(ctx, *gradients):
+    raise RuntimeError("the fused engine has no second derivatives; take them within s4audio.backend('chunk').")
+
+
+for _gradient in (_diagonal_operators_backward, _walk_backward):
+    _gradient.register_autograd(_refuse_second_derivatives)
 
 
 def _keep_walk(ctx, inputs, output):
@@ -528,6 +555,20 @@ def _transposed(a):
     return tl.trans(a[0]), tl.trans(a[1])
 
 
+# Counts that change from call to call: a stream of blocks of many lengths must not compile a kernel for each.
+COUNTS = [
+    "batch",
+    "tiles",
+    "num_segments",
+    "span",
+    "last_span",
+    "num_chunks",
+    "first_chunk",
+    "first_partial",
+    "num_partials",
+]
+
+
 @triton.jit
 def _dot(a, b, sum, PRODUCT: tl.constexpr):
     """sum + a b, of factors; the product of two low parts is left out."""
@@ -548,7 +589,7 @@ def _halves(pointer, rows, columns, row_stride, column_stride, half, mask):
 
 
 @triton.jit
-def _load_carry(carry, h, n, modes, TRANSPOSED: tl.constexpr, DENSE: tl.constexpr, PRODUCT: tl.constexpr):
+def _load_carry(carry, h, n, modes, TRANSPOSED: tl.constexpr, DENSE: tl.constexpr):
     """The carry as float32: the diagonal's two parts, or the four blocks of the matrix; of its adjoint if transposed."""
     if DENSE:
         base, mask = carry + h * 4 * modes * modes, (n < modes)[:, None] & (n < modes)[None, :]
@@ -561,7 +602,7 @@ def _load_carry(carry, h, n, modes, TRANSPOSED: tl.constexpr, DENSE: tl.constexp
         ii = tl.load(base + (rows + modes) * S + columns + modes, mask=mask, other=0).to(tl.float32)
         if TRANSPOSED:
             ri, ir = ir, ri
-        return _factor(rr, PRODUCT), _factor(ri, PRODUCT), _factor(ir, PRODUCT), _factor(ii, PRODUCT)
+        return rr, ri, ir, ii
     else:
         re = tl.load(carry + h * 2 * modes + n, mask=n < modes, other=0).to(tl.float32)[None, :]
         im = tl.load(carry + (h * 2 + 1) * modes + n, mask=n < modes, other=0).to(tl.float32)[None, :]
@@ -571,18 +612,17 @@ def _load_carry(carry, h, n, modes, TRANSPOSED: tl.constexpr, DENSE: tl.constexp
 
 
 @triton.jit
-def _advance(re, im, A, DENSE: tl.constexpr, PRODUCT: tl.constexpr):
-    """The states x A."""
+def _advance(re, im, A, DENSE: tl.constexpr):
+    """The states x A. In float32 whatever the input: its rounding would come back in every later chunk."""
     if DENSE:
-        left, right = _factor(re, PRODUCT), _factor(im, PRODUCT)
-        new_re = _dot(right, A[2], _dot(left, A[0], tl.zeros_like(re), PRODUCT), PRODUCT)
-        new_im = _dot(right, A[3], _dot(left, A[1], tl.zeros_like(re), PRODUCT), PRODUCT)
+        new_re = tl.dot(im, A[2], tl.dot(re, A[0], input_precision="tf32x3"), input_precision="tf32x3")
+        new_im = tl.dot(im, A[3], tl.dot(re, A[1], input_precision="tf32x3"), input_precision="tf32x3")
         return new_re, new_im
     else:
         return re * A[0] - im * A[1], re * A[1] + im * A[0]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _sums(
     v, sums, operator, carry, v_b, v_h, batch, num_segments, span, num_chunks, o_t, o_n, modes,
     BACK: tl.constexpr, R: tl.constexpr, T: tl.constexpr, N: tl.constexpr, DENSE: tl.constexpr, PRODUCT: tl.constexpr,
@@ -595,7 +635,7 @@ def _sums(
     is_lane, is_mode = lane < batch * num_segments, (n < modes)[None, :] & (t < T)[:, None]
     o_re, o_im = _halves(operator + h * T * 2 * modes, t[:, None], n[None, :], o_t, o_n, modes * o_n, is_mode)
     o_re, o_im = _factor(o_re, PRODUCT), _factor(o_im, PRODUCT)
-    A = _load_carry(carry, h, n, modes, BACK, DENSE, PRODUCT)
+    A = _load_carry(carry, h, n, modes, BACK, DENSE)
     rows = v + (b * v_b + h * v_h)[:, None] + t[None, :]
     re, im = tl.zeros((R, N), tl.float32), tl.zeros((R, N), tl.float32)
     for step in range(span):
@@ -604,7 +644,7 @@ def _sums(
             m = segment * span + span - 1 - step
         is_chunk = is_lane & (m < num_chunks)
         V = _factor(tl.load(rows + (m * T)[:, None], mask=is_chunk[:, None] & (t < T)[None, :], other=0), PRODUCT)
-        new_re, new_im = _advance(re, im, A, DENSE, PRODUCT)
+        new_re, new_im = _advance(re, im, A, DENSE)
         re = tl.where(is_chunk[:, None], _dot(V, o_re, new_re, PRODUCT), re)
         im = tl.where(is_chunk[:, None], _dot(V, o_im, new_im, PRODUCT), im)
     at = sums + (h * batch * num_segments + lane)[:, None] * 2 * modes + n[None, :]
@@ -613,7 +653,7 @@ def _sums(
     tl.store(at + modes, im, mask=mask)
 
 
-@triton.jit(do_not_specialize=["span", "last_span"])  # a 1 would be a constant, and constants cannot be counted down
+@triton.jit(do_not_specialize=COUNTS)
 def _starts(
     sums, x, starts, over_span, over_last, batch, num_segments, span, last_span, modes,
     BACK: tl.constexpr, R: tl.constexpr, N: tl.constexpr, DENSE: tl.constexpr,
@@ -624,8 +664,8 @@ def _starts(
     mask = (b < batch)[:, None] & (n < modes)[None, :]
     re, im = _halves(x, (h * batch + b)[:, None], n[None, :], 2 * modes, 1, modes, mask)
     if DENSE:
-        A = _load_carry(over_span, h, n, modes, False, DENSE, "tf32x3")
-        A_last = _load_carry(over_last, h, n, modes, False, DENSE, "tf32x3")
+        A = _load_carry(over_span, h, n, modes, False, DENSE)
+        A_last = _load_carry(over_last, h, n, modes, False, DENSE)
     else:
         A = _diagonal_power(over_span, span, h, n, modes, BACK, N)
         A_last = _diagonal_power(over_last, last_span, h, n, modes, BACK, N)
@@ -639,14 +679,14 @@ def _starts(
         if BACK and not DENSE:
             is_last = segment == num_segments - 1
             now = (tl.where(is_last, A_last[0], A[0]), tl.where(is_last, A_last[1], A[1]), A[2], A[3])
-            re, im = _advance(re, im, now, DENSE, "tf32x3")
+            re, im = _advance(re, im, now, DENSE)
         elif BACK:
             is_last = segment == num_segments - 1
-            far_re, far_im = _advance(re, im, A_last, DENSE, "tf32x3")
-            re, im = _advance(re, im, A, DENSE, "tf32x3")
+            far_re, far_im = _advance(re, im, A_last, DENSE)
+            re, im = _advance(re, im, A, DENSE)
             re, im = tl.where(is_last, far_re, re), tl.where(is_last, far_im, im)
         else:
-            re, im = _advance(re, im, A, DENSE, "tf32x3")
+            re, im = _advance(re, im, A, DENSE)
         re += z_re
         im += z_im
 
@@ -668,7 +708,7 @@ def _diagonal_power(carry, exponent, h, n, modes, CONJUGATE: tl.constexpr, N: tl
     return re, im, im, re
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _forward(
     u, y, X, starts, last, K, P, Q, carry, u_b, u_h, y_b, y_h, batch, num_segments, span, num_chunks, first, valid, X_h,
     first_chunk, modes,
@@ -681,7 +721,7 @@ def _forward(
     b, segment = (lane // num_segments).to(tl.int64), lane % num_segments
     is_lane, is_mode, is_sample = lane < batch * num_segments, n < modes, t < valid
     toeplitz, p, q = _load_operators(K, P, Q, h, t, n, valid, modes, T, PRODUCT)
-    A = _load_carry(carry, h, n, modes, False, DENSE, PRODUCT)
+    A = _load_carry(carry, h, n, modes, False, DENSE)
     is_state = is_lane[:, None] & is_mode[None, :]
     re, im = _halves(starts, (h * batch * num_segments + lane)[:, None], n[None, :], 2 * modes, 1, modes, is_state)
     u_rows = u + (b * u_b + h * u_h + first)[:, None] + t[None, :]
@@ -699,7 +739,7 @@ def _forward(
         Y = _dot(U, toeplitz, tl.zeros((R, T), tl.float32), PRODUCT)
         Y = _dot(_factor(im, PRODUCT), q[1], _dot(_factor(re, PRODUCT), q[0], Y, PRODUCT), PRODUCT)
         tl.store(y_rows + (m * T)[:, None], Y, mask=here)
-        new_re, new_im = _advance(re, im, A, DENSE, PRODUCT)
+        new_re, new_im = _advance(re, im, A, DENSE)
         re = tl.where(is_chunk[:, None], _dot(U, p[0], new_re, PRODUCT), re)
         im = tl.where(is_chunk[:, None], _dot(U, p[1], new_im, PRODUCT), im)
     at = last + (h * batch + b)[:, None] * 2 * modes + n[None, :]
@@ -722,10 +762,10 @@ def _load_operators(K, P, Q, h, t, n, valid, modes, T: tl.constexpr, PRODUCT: tl
     return _factor(toeplitz, PRODUCT), p, q
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _backward(
-    u, dy, du, X, ends, before, partial, K, P, Q, carry, u_b, u_h, dy_b, dy_h, du_b, du_h, batch, num_segments, span,
-    num_chunks, first, valid, X_h, first_chunk, first_partial, num_partials, modes,
+    u, dy, du, X, ends, before, partial, K, P, Q, carry, u_b, u_h, dy_b, dy_h, du_b, du_h, batch, tiles, num_segments,
+    span, num_chunks, first, valid, X_h, first_chunk, first_partial, num_partials, modes,
     R: tl.constexpr, T: tl.constexpr, N: tl.constexpr, DENSE: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """All gradients, from those of the states at the end of each segment. One reading of u, dy and X, one writing of du.
@@ -733,18 +773,10 @@ def _backward(
     Five products of T x T or T x S a chunk; at N = 64 the three sums of T x T and T x S fill 96 registers of a thread.
     """
     h, channels = tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    lane = tl.program_id(0) * R + tl.arange(0, R)
     t, n = tl.arange(0, T), tl.arange(0, N)
-    b, segment = (lane // num_segments).to(tl.int64), lane % num_segments
-    is_lane, is_mode, is_sample = lane < batch * num_segments, n < modes, t < valid
+    is_mode, is_sample = n < modes, t < valid
     toeplitz, p, q = _load_operators(K, P, Q, h, t, n, valid, modes, T, PRODUCT)
-    A = _load_carry(carry, h, n, modes, True, DENSE, PRODUCT)
-    is_state = is_lane[:, None] & is_mode[None, :]
-    g_re, g_im = _halves(ends, (h * batch * num_segments + lane)[:, None], n[None, :], 2 * modes, 1, modes, is_state)
-    u_rows = u + (b * u_b + h * u_h + first)[:, None] + t[None, :]
-    dy_rows = dy + (b * dy_b + h * dy_h + first)[:, None] + t[None, :]
-    du_rows = du + (b * du_b + h * du_h + first)[:, None] + t[None, :]
-    X_rows = X + ((b * channels + h) * X_h)[:, None] + n[None, :]
+    A = _load_carry(carry, h, n, modes, True, DENSE)
     W = tl.zeros((T, T), tl.float32)
     dp_re, dp_im = tl.zeros((T, N), tl.float32), tl.zeros((T, N), tl.float32)
     dq_re, dq_im = (
@@ -756,40 +788,50 @@ def _backward(
         a_ir, a_ii = tl.zeros((N, N), tl.float32), tl.zeros((N, N), tl.float32)
     else:
         a_re, a_im = tl.zeros((R, N), tl.float32), tl.zeros((R, N), tl.float32)
-    for step in range(span):
-        m = segment * span + span - 1 - step
-        is_chunk = is_lane & (m < num_chunks)
-        here = is_chunk[:, None] & is_sample[None, :]
-        U = _factor(tl.load(u_rows + (m * T)[:, None], mask=here, other=0), PRODUCT)
-        G = _factor(tl.load(dy_rows + (m * T)[:, None], mask=here, other=0), PRODUCT)
-        at, mask = X_rows + ((first_chunk + m) * 2 * modes)[:, None], is_chunk[:, None] & is_mode[None, :]
-        x_re, x_im = tl.load(at, mask=mask, other=0), tl.load(at + modes, mask=mask, other=0)
-        g = _factor(g_re, PRODUCT), _factor(g_im, PRODUCT)
-        x = _factor(x_re, PRODUCT), _factor(x_im, PRODUCT)
-        dU = _dot(G, _transposed(toeplitz), tl.zeros((R, T), tl.float32), PRODUCT)
-        dU = _dot(g[1], _transposed(p[1]), _dot(g[0], _transposed(p[0]), dU, PRODUCT), PRODUCT)
-        tl.store(du_rows + (m * T)[:, None], dU, mask=here)
-        W = _dot(_transposed(U), G, W, PRODUCT)
-        dp_re = _dot(_transposed(U), g[0], dp_re, PRODUCT)
-        dp_im = _dot(_transposed(U), g[1], dp_im, PRODUCT)
-        dq_re = _dot(_transposed(G), x[0], dq_re, PRODUCT)
-        dq_im = _dot(_transposed(G), x[1], dq_im, PRODUCT)
-        if DENSE:
-            a_rr = _dot(_transposed(x[0]), g[0], a_rr, PRODUCT)
-            a_ri = _dot(_transposed(x[0]), g[1], a_ri, PRODUCT)
-            a_ir = _dot(_transposed(x[1]), g[0], a_ir, PRODUCT)
-            a_ii = _dot(_transposed(x[1]), g[1], a_ii, PRODUCT)
-        else:
-            x_re, x_im = x_re.to(tl.float32), x_im.to(tl.float32)
-            a_re += x_re * g_re + x_im * g_im
-            a_im += x_re * g_im - x_im * g_re
-        new_re, new_im = _advance(g_re, g_im, A, DENSE, PRODUCT)
-        g_re = tl.where(is_chunk[:, None], _dot(G, _transposed(q[0]), new_re, PRODUCT), g_re)
-        g_im = tl.where(is_chunk[:, None], _dot(G, _transposed(q[1]), new_im, PRODUCT), g_im)
-    at = before + (h * batch + b)[:, None] * 2 * modes + n[None, :]
-    is_first = is_state & (segment == 0)[:, None]
-    tl.store(at, g_re, mask=is_first)
-    tl.store(at + modes, g_im, mask=is_first)
+    for tile in range(tiles):
+        lane = (tl.program_id(0) * tiles + tile) * R + tl.arange(0, R)
+        b, segment = (lane // num_segments).to(tl.int64), lane % num_segments
+        is_lane = lane < batch * num_segments
+        is_state = is_lane[:, None] & is_mode[None, :]
+        g_re, g_im = _halves(ends, (h * batch * num_segments + lane)[:, None], n[None, :], 2 * modes, 1, modes, is_state)
+        u_rows = u + (b * u_b + h * u_h + first)[:, None] + t[None, :]
+        dy_rows = dy + (b * dy_b + h * dy_h + first)[:, None] + t[None, :]
+        du_rows = du + (b * du_b + h * du_h + first)[:, None] + t[None, :]
+        X_rows = X + ((b * channels + h) * X_h)[:, None] + n[None, :]
+        for step in range(span):
+            m = segment * span + span - 1 - step
+            is_chunk = is_lane & (m < num_chunks)
+            here = is_chunk[:, None] & is_sample[None, :]
+            U = _factor(tl.load(u_rows + (m * T)[:, None], mask=here, other=0), PRODUCT)
+            G = _factor(tl.load(dy_rows + (m * T)[:, None], mask=here, other=0), PRODUCT)
+            at, mask = X_rows + ((first_chunk + m) * 2 * modes)[:, None], is_chunk[:, None] & is_mode[None, :]
+            x_re, x_im = tl.load(at, mask=mask, other=0), tl.load(at + modes, mask=mask, other=0)
+            g = _factor(g_re, PRODUCT), _factor(g_im, PRODUCT)
+            x = _factor(x_re, PRODUCT), _factor(x_im, PRODUCT)
+            dU = _dot(G, _transposed(toeplitz), tl.zeros((R, T), tl.float32), PRODUCT)
+            dU = _dot(g[1], _transposed(p[1]), _dot(g[0], _transposed(p[0]), dU, PRODUCT), PRODUCT)
+            tl.store(du_rows + (m * T)[:, None], dU, mask=here)
+            W = _dot(_transposed(U), G, W, PRODUCT)
+            dp_re = _dot(_transposed(U), g[0], dp_re, PRODUCT)
+            dp_im = _dot(_transposed(U), g[1], dp_im, PRODUCT)
+            dq_re = _dot(_transposed(G), x[0], dq_re, PRODUCT)
+            dq_im = _dot(_transposed(G), x[1], dq_im, PRODUCT)
+            if DENSE:
+                a_rr = _dot(_transposed(x[0]), g[0], a_rr, PRODUCT)
+                a_ri = _dot(_transposed(x[0]), g[1], a_ri, PRODUCT)
+                a_ir = _dot(_transposed(x[1]), g[0], a_ir, PRODUCT)
+                a_ii = _dot(_transposed(x[1]), g[1], a_ii, PRODUCT)
+            else:
+                x_re, x_im = x_re.to(tl.float32), x_im.to(tl.float32)
+                a_re += x_re * g_re + x_im * g_im
+                a_im += x_re * g_im - x_im * g_re
+            new_re, new_im = _advance(g_re, g_im, A, DENSE)
+            g_re = tl.where(is_chunk[:, None], _dot(G, _transposed(q[0]), new_re, PRODUCT), g_re)
+            g_im = tl.where(is_chunk[:, None], _dot(G, _transposed(q[1]), new_im, PRODUCT), g_im)
+        at = before + (h * batch + b)[:, None] * 2 * modes + n[None, :]
+        is_first = is_state & (segment == 0)[:, None]
+        tl.store(at, g_re, mask=is_first)
+        tl.store(at + modes, g_im, mask=is_first)
     S = 2 * modes
     size_A = S * S if DENSE else S
     out = partial + (h * num_partials + first_partial + tl.program_id(0)) * (T * T + 2 * T * S + size_A)

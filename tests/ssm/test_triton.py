@@ -69,6 +69,12 @@ def test_equals_the_plain_engine_at_any_length(kind, init, length):
     compare(kind, init, (2, 3, length), 8, torch.float32)
 
 
+@pytest.mark.parametrize("length", [1, 32, 70])
+@pytest.mark.parametrize("kind, init", KINDS)
+def test_one_channel(kind, init, length):
+    compare(kind, init, (1, 1, length), 8, torch.float32)
+
+
 @pytest.mark.parametrize("kind, init", FAMILIES)
 def test_equals_the_plain_engine_in_every_family(kind, init):
     compare(kind, init, (2, 3, 100), 16, torch.float32, state=False)
@@ -91,9 +97,32 @@ def test_half_precision_in_half_precision_out(kind, init, dtype):
     compare(kind, init, (2, 3, 200), 8, dtype)
 
 
-def test_products_of_two_parts_keep_sixteen_bits(monkeypatch):
+@pytest.mark.parametrize("kind, init", [("diagonal", "lin"), ("dplr", "legs")])
+def test_products_of_two_parts_keep_sixteen_bits(monkeypatch, kind, init):
     monkeypatch.setattr(fused, "SMALL", 0)
-    compare("diagonal", "lin", (2, 3, 200), 16, torch.float32, looser=10)  # dt sums over modes that cancel
+    compare(kind, init, (2, 3, 200), 16, torch.float32, looser=10)  # dt sums over modes that cancel
+
+
+@pytest.mark.parametrize("tiles", [2, 3])
+def test_programs_that_walk_several_tiles(monkeypatch, tiles):
+    monkeypatch.setattr(fused, "FILL", 1)
+    monkeypatch.setattr(fused, "_programs", lambda lanes, channels: (-(-lanes // (16 * tiles)), tiles))
+    compare("diagonal", "lin", (75, 2, 70), 8, torch.float32)
+    compare("dplr", "legs", (40, 2, 70), 8, torch.float32)
+
+
+@pytest.mark.parametrize("layer", [S4D, S4])
+def test_the_state_of_a_long_lane_stays_float32(monkeypatch, layer):
+    """In bfloat16, over 128 chunks of slow modes: the rounding of a carry in bfloat16 would come back in each of them."""
+    monkeypatch.setattr(fused, "cut", lambda u: fused.Cut(64, 128, 0, 128, 1))
+    module = layer(1, 16, dt_min=1e-4, dt_max=1e-4).to(DEVICE)
+    u = torch.ones(1, 1, 64 * 128, device=DEVICE, dtype=torch.bfloat16)
+    with torch.no_grad():
+        with backend("chunk"):
+            _, wanted = run(module.system(), u.double())
+        with backend("triton"):
+            _, found = run(module.system(), u)
+    assert error(found.cpu(), wanted.cpu()) < 6e-3
 
 
 @pytest.mark.parametrize("span", [1, 3, 7])
@@ -146,10 +175,40 @@ def test_what_is_not_a_number_stays_in_its_sequence(bad):
     assert not torch.isfinite(y[1, 0, 64:]).any()
 
 
-def test_gradients_are_the_same_every_time():
-    u = torch.randn(5, 2, 300, device=DEVICE)
-    first, second = (through(fused, "diagonal", "lin", u, 8, exact=False) for _ in range(2))
+@pytest.mark.gpu
+def test_gpu_gradients_are_the_same_every_time():
+    u = torch.randn(40, 64, 3000, device=DEVICE)
+    first, second = (through(fused, "diagonal", "lin", u, 64, exact=False) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_an_empty_batch_has_gradients_of_zero():
+    layer = S4D(2, 8).to(DEVICE)
+    with backend("triton"):
+        layer(torch.zeros(0, 2, 50, device=DEVICE)).sum().backward()
+    assert all(not p.grad.any() for p in layer.parameters())
+
+
+def test_second_derivatives_are_refused_with_the_way_out():
+    layer, u = S4D(2, 8).to(DEVICE), torch.randn(1, 2, 50, device=DEVICE, requires_grad=True)
+    with backend("triton"):
+        (first,) = torch.autograd.grad(layer(u).square().sum(), u, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no second derivatives; take them within s4audio.backend\('chunk'\)"):
+        first.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch.func's own
+@pytest.mark.parametrize("name", ["triton", "chunk"])
+def test_forward_mode_is_refused_and_not_wrong(name):
+    layer, u = S4D(2, 8).to(DEVICE), torch.randn(1, 2, 50, device=DEVICE)
+    with backend(name), pytest.raises(RuntimeError, match="forward-mode"):
+        torch.func.jvp(layer, (u,), (u,))
+
+
+def test_two_devices_are_refused():
+    system = discretize(parameters("diagonal", "lin", 3, 8), "zoh", torch.float32)
+    with pytest.raises(ValueError, match="u is on meta and the system on cpu; move one of them"):
+        run(system, torch.ones(1, 3, 4, device="meta"))
 
 
 def test_inputs_may_be_strided_and_the_gradient_expanded():
@@ -211,6 +270,7 @@ def test_without_triton_it_is_refused_and_auto_goes_on(monkeypatch):
 @pytest.mark.parametrize("layer", [S4D, S4])
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_compiles_whole_with_the_same_gradients(layer, bidirectional, name):
+    torch.compiler.reset()
     module = layer(2, 8, bidirectional=bidirectional).to(DEVICE)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     u = torch.randn(2, 2, 100, device=DEVICE, requires_grad=True)
@@ -223,9 +283,22 @@ def test_compiles_whole_with_the_same_gradients(layer, bidirectional, name):
         assert error(whole.detach().cpu(), plain.detach().cpu()) < 1e-6
 
 
-def test_operations_are_registered_as_torch_wants_them():
+@pytest.mark.parametrize("name", ["triton", "chunk"])
+def test_compiles_for_several_lengths(name):
+    """With dynamic=False, one compilation for each: a length of unknown size has no chunks to cut it into."""
+    torch.compiler.reset()  # it compiles one function so many times only, in all tests together
+    layer = S4D(2, 8).to(DEVICE)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=False, backend="aot_eager")
+    with backend(name):
+        for length in (100, 101, 130):
+            u = torch.randn(1, 2, length, device=DEVICE)
+            assert error(compiled(u).detach().cpu(), layer(u).detach().cpu()) < 1e-6
+
+
+@pytest.mark.parametrize("H", [1, 2])
+def test_operations_are_registered_as_torch_wants_them(H):
     torch.manual_seed(0)
-    modes, H, T = 4, 2, 32
+    modes, T = 4, 32
     log = torch.stack([-torch.rand(H, modes), torch.randn(H, modes)], -1).double()
     B, C = torch.randn(H, modes, 2), torch.randn(H, modes, 2)
     log, B, C = (v.to(DEVICE).requires_grad_() for v in (log, B, C))

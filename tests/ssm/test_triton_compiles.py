@@ -21,8 +21,8 @@ from s4audio.ssm import triton as fused
 
 DOUBLE = {"log_A_bar", "dlog", "carry", "carry_rest", "dcarry", "dcarry_rest", "over_span", "over_last"}
 INPUTS = {"u", "y", "v", "dy", "du", "X"}
-INTEGERS = set("u_b u_h y_b y_h v_b v_h dy_b dy_h du_b du_h X_h batch num_segments span last_span num_chunks first valid "
-               "first_chunk first_partial num_partials modes o_t o_n rest".split())
+INTEGERS = set("u_b u_h y_b y_h v_b v_h dy_b dy_h du_b du_h X_h batch tiles num_segments span last_span num_chunks first "
+               "valid first_chunk first_partial num_partials modes o_t o_n rest".split())
 
 for name, kind, constants in json.load(sys.stdin):
     kernel = getattr(fused, name)
