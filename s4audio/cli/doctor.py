@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from s4audio import __version__, ssm
 from s4audio.audio import decoders, mel_filterbank, read_audio, resample, write_audio
@@ -111,25 +112,44 @@ def _disk() -> Iterator[Finding]:
         yield "ok" if enough else "note", f"{free:.1f} GiB free for {name} ({folder}){advice}"
 
 
-@torch.no_grad()
 def _engine() -> Iterator[Finding]:
-    """The chunked engine against the definition, in the precision and on the device that training uses."""
+    """The engine against the definition, in the precision and on the device that training uses; its gradient in float64."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
-    u = torch.randn(1, 4, 1500, generator=generator).to(device)
+    u = torch.randn(1, 4, 1500, generator=generator)
     for layer in (S4D(4, 32), S4(4, 32)):
-        with ssm.backend("reference"):
-            wanted = layer.double()(u.cpu().double())
-        got = layer.float().to(device)(u).cpu().double()
-        error = ((got - wanted).abs().max() / wanted.abs().max()).item()
-        verdict = "ok" if error < 1e-4 else "FAIL"
-        yield verdict, f"{type(layer).__name__}: the engine on {device} is within {error:.0e} of the recurrence"
-    layer = S4D(64, 64).to(device)
+        with ssm.backend("reference"), torch.no_grad():
+            wanted = layer.double()(u.double())
+        with ssm.backend("chunk"):
+            wanted_gradient = _gradient(layer, u.double())
+        layer, on_device = layer.float().to(device), u.to(device)
+        with torch.no_grad():
+            error = _error(layer(on_device), wanted)
+            refusal = ssm.ops.fused_refusal(layer.system(), on_device)
+        gradient_error = _error(_gradient(layer, on_device), wanted_gradient)
+        verdict = "ok" if max(error, gradient_error) < 1e-4 else "FAIL"
+        engine = "the fused engine" if device == "cuda" and refusal is None else "the engine"
+        found = f"is within {error:.0e} of the recurrence, its gradient within {gradient_error:.0e}"
+        yield verdict, f"{type(layer).__name__}: {engine} on {device} {found}"
+        if refusal and device == "cuda":
+            yield "note", f"{type(layer).__name__} runs in plain PyTorch on this GPU, and slower: {refusal}"
     long = torch.randn(1, 64, 16000, generator=generator).to(device)
-    layer(long)
-    start = time.perf_counter()
-    layer(long).sum().item()
+    layer = S4D(64, 64).to(device)
+    with torch.no_grad():
+        layer(long)
+        start = time.perf_counter()
+        layer(long).sum().item()
     yield "ok", f"64 channels by 16,000 samples take {1000 * (time.perf_counter() - start):.0f} ms on {device}"
+
+
+def _gradient(layer: S4D, u: Tensor) -> Tensor:
+    u = u.detach().requires_grad_()
+    return torch.autograd.grad(layer(u).square().mean(), u)[0]
+
+
+def _error(got: Tensor, wanted: Tensor) -> float:
+    got = got.detach().cpu().double()
+    return ((got - wanted).abs().max() / wanted.abs().max()).item()
 
 
 @torch.no_grad()

@@ -80,10 +80,15 @@ def _refuse_forward_mode() -> None:
         raise RuntimeError("the engine has no forward-mode derivatives; take them within s4audio.backend('reference').")
 
 
+def fused_refusal(system: System, u: Tensor) -> str | None:
+    """Why the fused engine cannot run the system on u; None if it can."""
+    return "Triton is not installed" if fused is None else fused.refusal(system, u)
+
+
 def _runs_fused(name: str, system: System, u: Tensor) -> bool:
     if name not in ("auto", "triton") or (name == "auto" and not u.is_cuda) or u.numel() == 0:
         return False
-    refusal = "Triton is not installed" if fused is None else fused.refusal(system, u)
+    refusal = fused_refusal(system, u)
     if refusal and name == "triton":
         raise RuntimeError(f"the backend is triton, but {refusal}; use auto or chunk.")
     return refusal is None
