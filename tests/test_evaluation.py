@@ -113,3 +113,20 @@ def test_system_4_is_scored_from_noise_and_from_samples(model, tmp_path):
     command = [sys.executable, "evaluation/system4.py", *arguments, "--judge", str(model), "--model", f"mine={model}"]
     refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 1 and "the judge is one of the seeds of mine" in refused.stderr
+
+
+def test_runs_side_by_side_stop_and_go_on(tmp_path):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for number in range(4):
+        soundfile.write(folder / f"{number}.wav", 0.3 * np.sin(np.arange(8000) * 0.1 * (number + 1)), 4000)
+    common = ["--train", str(folder), "--valid", str(folder), "--out", str(tmp_path / "runs"), "--steps", "4"]
+    told = run("side_by_side.py", *common, "debug:0", "debug:1@cpu")
+    assert "debug_0: finished" in told and "debug_1: finished" in told
+    weights = [(tmp_path / "runs" / f"debug_{seed}" / "best" / "model.safetensors").read_bytes() for seed in (0, 1)]
+    assert weights[0] != weights[1]
+    stopped = run("side_by_side.py", *common[:-1], "100000", "--minutes", "0.2", "debug:2")
+    assert "debug_2: stopped" in stopped
+    command = [sys.executable, "evaluation/side_by_side.py", *common, "nothing:0"]
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 2 and "'nothing:0' is no run; wanted RECIPE:SEED" in refused.stderr

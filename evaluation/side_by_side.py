@@ -1,0 +1,84 @@
+"""Trains several runs at once, spread over the GPUs there are, or on the CPU: the seeds of a table in the time of one.
+
+    python evaluation/side_by_side.py --train FOLDER --valid FOLDER --out RUNS --minutes 9 \\
+        vae_classical:100 vae_classical:0 vae_classical:1 vae_classical:2 \\
+        autoencoder_classical:0 autoencoder_classical:1 autoencoder_classical:2 \\
+        classical_3k:0@cpu classical_3k:1@cpu classical_3k:2@cpu
+
+Each run is a recipe and its seed, and goes to RUNS/RECIPE_SEED. After --minutes all are stopped as by Ctrl-C, and the same
+command goes on where they were: for machines that are lent by the quarter of an hour. What a run prints is in its log
+beside it. Exit status 1 if a run failed.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def start(job: str, index: int, args: argparse.Namespace) -> tuple[str, subprocess.Popen[bytes]]:
+    """The run's name, and `s4audio fit` on it in a process of its own."""
+    run, _, device = job.partition("@")
+    recipe, _, seed = run.partition(":")
+    name = f"{recipe}_{seed}"
+    command = [sys.executable, "-m", "s4audio", "fit", "--config", f"recipes/{recipe}.yaml", "--out", f"{args.out}/{name}"]
+    command += ["--seed_everything", seed, "--train", args.train, "--valid", args.valid]
+    if args.steps:
+        command += ["--steps", str(args.steps)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    if device == "cpu" or not torch.cuda.is_available():
+        command += ["--trainer.accelerator", "cpu"]
+    else:
+        environment["CUDA_VISIBLE_DEVICES"] = str(index % torch.cuda.device_count())
+    with open(Path(args.out) / f"{name}.log", "ab") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+    return name, process
+
+
+def last_lines(log: Path, number: int) -> list[str]:
+    """What a run printed last."""
+    return log.read_text(errors="replace").strip().splitlines()[-number:]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("jobs", nargs="+", metavar="RECIPE:SEED[@cpu]")
+    parser.add_argument("--train", required=True, help="folder of recordings to train on")
+    parser.add_argument("--valid", required=True, help="folder of recordings to score on")
+    parser.add_argument("--out", required=True, help="folder of the runs")
+    parser.add_argument("--minutes", type=float, help="stop after this long; the same command goes on")
+    parser.add_argument("--steps", type=int, help="length of every run, in place of the recipe's")
+    args = parser.parse_args()
+    for job in args.jobs:
+        recipe, colon, seed = job.partition("@")[0].partition(":")
+        if not (ROOT / "recipes" / f"{recipe}.yaml").exists() or not colon or not seed.isdigit():
+            parser.error(f"{job!r} is no run; wanted RECIPE:SEED, such as vae_classical:0, of a recipe in recipes/.")
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    on_gpu = [job for job in args.jobs if not job.endswith("@cpu")]
+    runs = dict(start(job, on_gpu.index(job) if job in on_gpu else 0, args) for job in args.jobs)
+    try:
+        while any(process.poll() is None for process in runs.values()):
+            time.sleep(0.5)
+            if args.minutes and time.monotonic() - began > 60 * args.minutes:
+                break
+    finally:
+        for process in runs.values():
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+        codes = {name: process.wait() for name, process in runs.items()}
+    for name, code in codes.items():
+        state = {0: "finished", 130: "stopped"}.get(code, f"failed with status {code}")
+        print(f"{name}: {state}", *last_lines(Path(args.out) / f"{name}.log", 2), sep="\n  ", flush=True)
+    return int(any(code not in (0, 130) for code in codes.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
