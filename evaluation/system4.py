@@ -3,12 +3,12 @@
     python evaluation/system4.py --train FOLDER --test FOLDER --judge RUN/best --json FILE \\
         --model "VAE=RUN0/best,RUN1/best,RUN2/best" --model "S4D autoencoder=RUN3/best,RUN4/best,RUN5/best"
 
-`side_by_side.py` trains them. Each --model is a name and its training seeds. Every seed reconstructs the clips of each split, and makes as many clips of
-the same length from noise; both are scored against the split, by the encoder of the judge and by log_mel. The judge must be
-none of the models. Reconstructions are compared as pairs: KAD and the floor never set a clip against its own
-reconstruction; FID does, as the original did. What is written: FID, FID∞, KAD, their intervals and floors for each seed,
-and the mean and standard deviation over seeds. The original scored at most 20 batches of each split; here a split is one
-batch of all its clips.
+`side_by_side.py` trains them. Each --model is a name and its training seeds. Every seed reconstructs the clips of each
+split, and makes as many clips of the same length from noise; both are scored against the split, by the encoder of the judge
+and by log_mel. The judge must be none of the models. Reconstructions are compared as pairs: KAD and the floor never set a
+clip against its own reconstruction; FID does, as the original did. What is written: FID, FID∞, KAD, their intervals and
+floors for each seed, and the mean and standard deviation over seeds. The original scored at most 20 batches of each split;
+here a split is one batch of all its clips.
 """
 
 import argparse
