@@ -64,7 +64,7 @@ def random_state(system: DiagonalSystem | DPLRSystem, batch_size: int) -> Tensor
 
 def error(value: Tensor | np.ndarray, wanted: Tensor | np.ndarray) -> float:
     """max |value - wanted| / max |wanted| (of zeros: max |value|); shapes must be equal; nan exceeds all tolerances."""
-    value, wanted = (w.detach().resolve_conj() if isinstance(w, Tensor) else w for w in (value, wanted))
+    value, wanted = (w.detach().resolve_conj().cpu() if isinstance(w, Tensor) else w for w in (value, wanted))
     value, wanted = np.asarray(value), np.asarray(wanted)
     assert value.shape == wanted.shape, f"{value.shape} is not {wanted.shape}"
     if not value.size:

@@ -247,20 +247,22 @@ def test_refusals_say_why():
             run(discretize(parameters("dplr", "legs", 1, 128), "bilinear", torch.float32), torch.ones(1, 1, 4))
 
 
-def test_without_a_gpu_it_is_refused_and_auto_goes_on(monkeypatch):
-    monkeypatch.setattr(fused, "INTERPRETED", False)
-    system = discretize(parameters("diagonal", "lin", 3, 8), "zoh", torch.float32)
-    with pytest.raises(RuntimeError, match="u is on the cpu, and its kernels need CUDA"), backend("triton"):
-        run(system, torch.ones(1, 3, 4))
-    run(system, torch.ones(1, 3, 4))
-
-
-def test_without_triton_it_is_refused_and_auto_goes_on(monkeypatch):
-    monkeypatch.setattr(ops, "fused", None)
-    system = discretize(parameters("diagonal", "lin", 3, 8), "zoh", torch.float32)
-    with pytest.raises(RuntimeError, match="Triton is not installed"), backend("triton"):
-        run(system, torch.ones(1, 3, 4))
-    run(system, torch.ones(1, 3, 4))
+@pytest.mark.parametrize(
+    "module, name, value, reason",
+    [
+        (fused, "INTERPRETED", False, "u is on the cpu, and its kernels need CUDA"),
+        (ops, "fused", None, "Triton is not installed"),
+    ],
+    ids=["no GPU", "no Triton"],
+)
+def test_where_it_cannot_run_it_is_refused_and_auto_goes_on(monkeypatch, module, name, value, reason):
+    monkeypatch.setattr(module, name, value)
+    system, u = discretize(parameters("diagonal", "lin", 3, 8), "zoh", torch.float32), torch.randn(1, 3, 4)
+    with pytest.raises(RuntimeError, match=reason), backend("triton"):
+        run(system, u)
+    with backend("chunk"):
+        wanted = run(system, u)[0]
+    assert torch.equal(run(system, u)[0], wanted)
 
 
 # torch.compile and torch.library
