@@ -95,13 +95,9 @@ class S4D(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """(B, H, L) -> (B, H, L)"""
-        system = self.system()
-        both = torch.cat([u, u.flip(-1)], dim=1) if self.bidirectional else u
-        y, _ = ssm.run(system, both)
         if self.bidirectional:
-            ahead, back = y.chunk(2, dim=1)
-            y = ahead + back.flip(-1)
-        return self._skip(y, u)
+            return ssm.run_both_ways(self.system(), u, self.D)
+        return ssm.run(self.system(), u, D=self.D)[0]
 
     def initial_state(self, batch_size: int) -> S4State:
         """The state before the first sample: silence."""
@@ -112,21 +108,18 @@ class S4D(nn.Module):
     def stream(self, u: Tensor, state: S4State) -> tuple[Tensor, S4State]:
         """A block of any length: (B, H, L) and the state before it -> (B, H, L) and the state after it."""
         self._refuse_if_bidirectional()
-        y, x = ssm.run(self.system(), u, state.x)
-        return self._skip(y, u), S4State(x)
+        y, x = ssm.run(self.system(), u, state.x, self.D)
+        return y, S4State(x)
 
     def step(self, u: Tensor, state: S4State) -> tuple[Tensor, S4State]:
         """One sample by the recurrence: (B, H, 1) -> (B, H, 1)"""
         self._refuse_if_bidirectional()
         y, x = ssm.step(self.system(), u, state.x)
-        return self._skip(y, u), S4State(x)
+        return torch.addcmul(y, u, self.D.to(y.dtype).unsqueeze(-1)), S4State(x)
 
     def extra_repr(self) -> str:
         direction = ", bidirectional" if self.bidirectional else ""
         return f"{self.d_model}, d_state={self.d_state}, {self.discretization}{direction}"
-
-    def _skip(self, y: Tensor, u: Tensor) -> Tensor:
-        return torch.addcmul(y, u, self.D.to(y.dtype).unsqueeze(-1))
 
     def _refuse_if_bidirectional(self) -> None:
         if self.bidirectional:

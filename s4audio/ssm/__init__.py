@@ -13,11 +13,22 @@
 | T, M, S      |                    | samples in a chunk, chunks, real size of the state                              |
 """
 
-from s4audio.ssm.diagonal import DiagonalSystem, check_gap, diagonal_system
+from s4audio.ssm.diagonal import DiagonalSystem, check_gap
 from s4audio.ssm.discretize import DISCRETIZATIONS, check_discretization
 from s4audio.ssm.dplr import DPLRSystem, dplr_system
 from s4audio.ssm.init import INITS, initial_system
-from s4audio.ssm.ops import BACKENDS, System, backend, kernel, poles, run, step, zero_state
+from s4audio.ssm.ops import (
+    BACKENDS,
+    System,
+    backend,
+    diagonal_system,
+    kernel,
+    poles,
+    run,
+    run_both_ways,
+    step,
+    zero_state,
+)
 
 __all__ = [
     "BACKENDS",
@@ -35,6 +46,7 @@ __all__ = [
     "kernel",
     "poles",
     "run",
+    "run_both_ways",
     "step",
     "zero_state",
 ]

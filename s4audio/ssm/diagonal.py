@@ -44,9 +44,7 @@ def diagonal_system(
 
     Source: Gu et al. 2022, "On the parameterization and initialization of diagonal state space models".
     """
-    check_discretization(discretization, alpha)
-    check_gap(gap, discretization)
-    check_shapes(dt, A=A, B=B, C=C)
+    check(A, B, C, dt, discretization, alpha, gap)
     dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), C.dtype)
     dt = dt.reshape(-1, 1).double() * rate
     z = dt * A.to(torch.complex128)
@@ -57,6 +55,13 @@ def diagonal_system(
     if per_sample is None:
         log_A_bar = log_A_bar * float(gap)
     return DiagonalSystem(log_A_bar, B_bar.to(dtype), C.to(dtype), per_sample)
+
+
+def check(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, discretization: str, alpha: float, gap: float | Tensor) -> None:
+    """Refuse what `diagonal_system` cannot discretize, with a ValueError."""
+    check_discretization(discretization, alpha)
+    check_gap(gap, discretization)
+    check_shapes(dt, A=A, B=B, C=C)
 
 
 def check_gap(gap: float | Tensor, discretization: str) -> None:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from s4audio.ssm import chunk, reference
+from s4audio.ssm import chunk, diagonal, reference
 from s4audio.ssm.diagonal import DiagonalSystem
 from s4audio.ssm.dplr import DPLRSystem
 
@@ -42,13 +42,31 @@ def backend(name: str) -> Iterator[None]:
         _backend = before
 
 
-def run(system: System, u: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The system's output and final state, without the D term.
+def diagonal_system(
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt: Tensor,
+    discretization: str = "zoh",
+    rate: float = 1.0,
+    alpha: float = 0.5,
+    gap: float | Tensor = 1.0,
+) -> DiagonalSystem:
+    """`diagonal.diagonal_system`, whose arguments and errors it has; in one kernel where the fused engine is in force."""
+    diagonal.check(A, B, C, dt, discretization, alpha, gap)
+    if fuses(A) and fused.discretizes(A, B, C, dt):
+        return fused.diagonal_system(A, B, C, dt, discretization, rate, alpha, gap)
+    return diagonal.diagonal_system(A, B, C, dt, discretization, rate, alpha, gap)
+
+
+def run(system: System, u: Tensor, state: Tensor | None = None, D: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The system's output and final state.
 
     Args:
         u: (batch, H, L) real input, any L. The arithmetic is float64 if u is, and otherwise float32; but `triton`
             multiplies in bfloat16 if u is, and sums in float32 (triton.py says how).
         state: (batch, H, N/2) complex, or (batch, H, N) real for real modes; zero if None.
+        D: (H,), the skip term y + D u; none if None.
 
     Returns:
         y (batch, H, L) in u's dtype, and the state after the last sample.
@@ -60,24 +78,54 @@ def run(system: System, u: Tensor, state: Tensor | None = None) -> tuple[Tensor,
     _check_input(system, u)
     if system.gap is not None:
         _check_gaps(system.gap, u)
+    return _run(system, u, state, D)
+
+
+def run_both_ways(system: System, u: Tensor, D: Tensor | None = None) -> Tensor:
+    """What a system of 2 H channels makes of u (batch, H, L): the first H forward in time plus the others backward.
+
+    Args: u and D as of `run`. Returns y (batch, H, L).
+
+    Raises:
+        ValueError: as `run`.
+        RuntimeError: as `run`.
+    """
+    _check_input(system, u, directions=2)
+    if system.gap is None and _runs_fused(_backend, system, u):
+        return _run(system, u, None, D)[0]
+    ahead, back = run(system, torch.cat([u, u.flip(-1)], dim=1))[0].chunk(2, dim=1)
+    return _skip(ahead + back.flip(-1), u, D)
+
+
+def _run(system: System, u: Tensor, state: Tensor | None, D: Tensor | None) -> tuple[Tensor, Tensor]:
     name = _backend
-    if name != "reference" and not torch.compiler.is_compiling():
-        _refuse_forward_mode()
+    if name != "reference" and _in_forward_mode():
+        raise RuntimeError("the engine has no forward-mode derivatives; take them within s4audio.backend('reference').")
     with torch.autocast(u.device.type, enabled=False):
         dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
         x = _to_real(system, state, u, dtype)
         if _runs_fused(name, system, u):
-            y, x = fused.run(system, u, x)
+            y, x = fused.run(system, u, x, D)
         else:
             y, x = (reference if name == "reference" else chunk).run(system, u.to(dtype), x)
-        return y.to(u.dtype), _to_state(system, x)
+            y = _skip(y.to(u.dtype), u, D)
+        return y, _to_state(system, x)
 
 
-def _refuse_forward_mode() -> None:
+def _skip(y: Tensor, u: Tensor, D: Tensor | None) -> Tensor:
+    return y if D is None else torch.addcmul(y, u, D.to(y.dtype).unsqueeze(-1))
+
+
+def _in_forward_mode() -> bool:
     """Operations of torch.library have no forward-mode derivatives, and torch.func.jvp takes them for constants."""
-    interpreter = torch._C._functorch.peek_interpreter_stack()
-    if interpreter is not None and interpreter.key() == torch._C._functorch.TransformType.Jvp:
-        raise RuntimeError("the engine has no forward-mode derivatives; take them within s4audio.backend('reference').")
+    interpreter = None if torch.compiler.is_compiling() else torch._C._functorch.peek_interpreter_stack()
+    return interpreter is not None and interpreter.key() == torch._C._functorch.TransformType.Jvp
+
+
+def fuses(tensor: Tensor) -> bool:
+    """Whether small kernels around the engine run fused too: where Triton is, on CUDA unless the backend is another."""
+    wanted = _backend == "triton" or (_backend == "auto" and tensor.is_cuda)
+    return wanted and fused is not None and fused.runs_on(tensor) and tensor.numel() > 0 and not _in_forward_mode()
 
 
 def fused_refusal(system: System, u: Tensor) -> str | None:
@@ -148,9 +196,9 @@ def zero_state(system: System, batch_size: int, dtype: torch.dtype) -> Tensor:
     return torch.zeros(batch_size, *system.C.shape, dtype=kind, device=system.C.device)
 
 
-def _check_input(system: System, u: Tensor) -> None:
-    if u.dim() != 3 or u.shape[1] != system.C.shape[0]:
-        raise ValueError(f"u has shape {tuple(u.shape)}; wanted (batch, {system.C.shape[0]}, length).")
+def _check_input(system: System, u: Tensor, directions: int = 1) -> None:
+    if u.dim() != 3 or directions * u.shape[1] != system.C.shape[0]:
+        raise ValueError(f"u has shape {tuple(u.shape)}; wanted (batch, {system.C.shape[0] // directions}, length).")
     if not u.is_floating_point():
         raise ValueError(f"u is {u.dtype}; wanted a real floating-point tensor.")
     if u.device != system.C.device:
@@ -166,9 +214,10 @@ def _check_gaps(gap: Tensor, u: Tensor) -> None:
 
 def _to_real(system: System, state: Tensor | None, u: Tensor, dtype: torch.dtype) -> Tensor:
     """The engine's state (H, batch, S): [Re x, Im x], or x itself for real modes."""
-    modes, is_complex = system.C.shape[-1], system.C.is_complex()
+    channels, modes = system.C.shape
+    is_complex = system.C.is_complex()
     if state is None:
-        return torch.zeros(u.shape[1], u.shape[0], 2 * modes if is_complex else modes, dtype=dtype, device=u.device)
+        return torch.zeros(channels, u.shape[0], 2 * modes if is_complex else modes, dtype=dtype, device=u.device)
     wanted = (u.shape[0], *system.C.shape)
     if tuple(state.shape) != wanted or state.is_complex() != is_complex:
         kind = "complex" if is_complex else "real"

@@ -35,6 +35,7 @@ from s4audio.ssm.dplr import DPLRSystem
 MODES = 32  # modes whose operators a program can hold; a diagonal system of more is walked in parts that add up
 LANES = 16  # rows of a program's products: the fewest that tensor cores take, since registers are what runs out
 FILL = 1584  # programs wanted: twelve for each multiprocessor of an H100
+BLOCK = 512  # numbers that a program sums over programs
 SMALL = 2**22  # numbers of input below which launching kernels costs more than running them
 OPTIONS = {"num_warps": 4, "num_stages": 3}
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: the kernels run in Python, on the CPU
@@ -95,45 +96,59 @@ def refusal(system: DiagonalSystem | DPLRSystem, u: Tensor) -> str | None:
         return f"the system is diagonal plus low-rank with {states} states, and its kernels take at most {2 * MODES}"
     if u.shape[1] > 65535 or u.shape[2] >= 2**30:
         return f"u has {u.shape[1]} channels of {u.shape[2]} samples, and its kernels count to 65535 and to 2^30"
-    if INTERPRETED:
-        return None
-    if not u.is_cuda or torch.version.hip:
-        return f"u is on the {'AMD GPU' if u.is_cuda else u.device.type}, and its kernels need CUDA"
-    if torch.cuda.get_device_properties(u.device).major < 8:
-        return "this GPU is older than NVIDIA's Ampere, and its kernels multiply bfloat16 and TF32"
+    if not runs_on(u):
+        where = "a GPU that is not NVIDIA's, or older than Ampere," if u.is_cuda else f"the {u.device.type},"
+        return f"u is on {where} and its kernels multiply bfloat16 and TF32 in CUDA"
     return None
 
 
-def run(system: DiagonalSystem | DPLRSystem, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """y (B, H, L) in u's dtype and the final state (H, B, S) from u (B, H, L) and the state x (H, B, S) float32."""
+def runs_on(tensor: Tensor) -> bool:
+    """Whether kernels run where the tensor is: on NVIDIA's GPUs from Ampere on, which multiply bfloat16 and TF32."""
+    if INTERPRETED or not tensor.is_cuda:
+        return INTERPRETED
+    return not torch.version.hip and torch.cuda.get_device_properties(tensor.device).major >= 8
+
+
+def run(system: DiagonalSystem | DPLRSystem, u: Tensor, x: Tensor, D: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """y (B, H, L) in u's dtype and the final state (H, B, S) from u (B, H, L) and the state x (H, B, S) float32.
+
+    A system of 2 H channels, and x too, runs forward in time in the first H and backward in the others; y is their sum. The
+    skip term D (H,) costs nothing: it is added to the kernel's first tap.
+    """
     shape = cut(u)
     if isinstance(system, DPLRSystem):
         K, P, Q, carry = dense_operators(system, shape.T)
+        if D is not None:
+            K = K + torch.nn.functional.pad(D.float().unsqueeze(-1), (0, shape.T - 1, 0, K.shape[0] - D.shape[0]))
         y, after, _ = walk(u, x, K, P, Q, carry, chunk.carry_over(system, shape.rest).re, _trains(u, x, K, P, Q))
         return y, after
+    D = None if D is None else D.float()
     log_A_bar, B, C = (
         torch.view_as_real(v) for v in (system.log_A_bar, system.B_bar.to(torch.complex64), system.C.to(torch.complex64))
     )
     if not system.C.is_complex():
         x = torch.cat([x, torch.zeros_like(x)], dim=-1)
     if C.shape[1] <= MODES:
-        operators = diagonal_operators(log_A_bar, B, C, shape.T, shape.rest)
+        operators = diagonal_operators(log_A_bar, B, C, D, shape.T, shape.rest)
         y, x, _ = walk(u, x, *operators, _trains(u, x, *operators))
     else:
-        y, x = _run_in_parts(u, x, log_A_bar, B, C, shape)
+        y, x = _run_in_parts(u, x, log_A_bar, B, C, D, shape)
     return y, x if system.C.is_complex() else x.chunk(2, dim=-1)[0]
 
 
-def _run_in_parts(u: Tensor, x: Tensor, log_A_bar: Tensor, B: Tensor, C: Tensor, shape: Cut) -> tuple[Tensor, Tensor]:
+def _run_in_parts(
+    u: Tensor, x: Tensor, log_A_bar: Tensor, B: Tensor, C: Tensor, D: Tensor | None, shape: Cut
+) -> tuple[Tensor, Tensor]:
     """A diagonal system is the sum of systems of some of its modes each."""
-    outputs, states = [], []
+    outputs: list[Tensor] = []
+    states: list[tuple[Tensor, ...]] = []
     parts = zip(
         *(v.split(MODES, dim=1) for v in (log_A_bar, B, C)),
         *(v.split(MODES, dim=-1) for v in x.chunk(2, dim=-1)),
         strict=True,
     )
     for part in parts:
-        operators = diagonal_operators(*part[:3], shape.T, shape.rest)
+        operators = diagonal_operators(*part[:3], None if outputs else D, shape.T, shape.rest)
         y, after, _ = walk(u, torch.cat(part[3:], dim=-1), *operators, _trains(u, x, *operators))
         outputs.append(y)
         states.append(after.chunk(2, dim=-1))
@@ -151,12 +166,239 @@ def _trains(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
+# ------------------------------------------------------------------------------------------------ discretization of S4D
+
+
+def discretizes(A: Tensor, B: Tensor, C: Tensor, dt: Tensor) -> bool:
+    """Whether `diagonal_system` takes these parameters: complex64 and float32."""
+    return all(v.dtype == torch.complex64 for v in (A, B, C)) and dt.dtype == torch.float32
+
+
+def diagonal_system(
+    A: Tensor, B: Tensor, C: Tensor, dt: Tensor, discretization: str, rate: float, alpha: float, gap: float | Tensor
+) -> DiagonalSystem:
+    """diagonal.diagonal_system, which takes PyTorch 23 small kernels and its gradient 42, in one each."""
+    A, B = (torch.view_as_real(v.resolve_conj()) for v in (A, B))
+    log_A_bar, B_bar = map(torch.view_as_complex, discretize(A, B, dt.reshape(-1), discretization, rate, alpha))
+    if isinstance(gap, Tensor):
+        return DiagonalSystem(log_A_bar, B_bar, C, gap)
+    return DiagonalSystem(log_A_bar if gap == 1 else log_A_bar * float(gap), B_bar, C)
+
+
+@torch.library.custom_op("s4audio::discretize", mutates_args=())
+def discretize(A: Tensor, B: Tensor, dt: Tensor, discretization: str, rate: float, alpha: float) -> tuple[Tensor, Tensor]:
+    """The formulas of discretize.py in float64.
+
+    Args:
+        A: (H, modes, 2) float32, real and imaginary part.
+        B: (H, modes, 2) float32.
+        dt: (H,) float32.
+        discretization: one of DISCRETIZATIONS.
+        rate: multiplies dt.
+        alpha: of the generalized bilinear transform.
+
+    Returns:
+        log A_bar (H, modes, 2) float64 and B_bar (H, modes, 2) float32.
+    """
+    A, B, dt = A.contiguous(), B.contiguous(), dt.contiguous()
+    log_A_bar, B_bar = torch.empty_like(A, dtype=torch.float64), torch.empty_like(B)
+    with torch.cuda.device_of(A):
+        _discretize[(len(A),)](A, B, dt, log_A_bar, B_bar, **_scheme(A, discretization, rate, alpha))
+    return log_A_bar, B_bar
+
+
+@discretize.register_fake
+def _(A, B, dt, discretization, rate, alpha):
+    log_A_bar = torch.empty_like(A, dtype=torch.float64, memory_format=torch.contiguous_format)
+    return log_A_bar, torch.empty_like(B, memory_format=torch.contiguous_format)
+
+
+def _scheme(A: Tensor, discretization: str, rate: float, alpha: float) -> dict[str, Any]:
+    """What the two kernels of a discretization have in common; its numbers as constants, since arguments are float32."""
+    if discretization == "bilinear":
+        alpha = 0.5
+    modes = A.shape[1]
+    N = max(16, triton.next_power_of_2(modes))
+    return {"modes": modes, "SCHEME": SCHEMES[discretization], "RATE": float(rate), "ALPHA": float(alpha), "N": N}
+
+
+SCHEMES = {"bilinear": "bilinear", "generalized_bilinear": "bilinear", "zoh": "zoh", "async": "zoh", "dirac": "dirac"}
+
+
+@torch.library.custom_op("s4audio::discretize_backward", mutates_args=())
+def _discretize_backward(
+    dlog: Tensor, dB_bar: Tensor, A: Tensor, B: Tensor, dt: Tensor, discretization: str, rate: float, alpha: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = [v.contiguous() for v in (dlog, dB_bar, A, B, dt)]
+    dA, dB, ddt = (torch.empty_like(v) for v in tensors[2:])
+    _discretize_gradient[(len(A),)](*tensors, dA, dB, ddt, **_scheme(A, discretization, rate, alpha))
+    return dA, dB, ddt
+
+
+@_discretize_backward.register_fake
+def _(dlog, dB_bar, A, B, dt, discretization, rate, alpha):
+    return tuple(torch.empty_like(v, memory_format=torch.contiguous_format) for v in (A, B, dt))
+
+
+def _keep_continuous(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3])
+    ctx.scheme = inputs[3:]
+
+
+def _discretize_chain(ctx, dlog, dB_bar):
+    return *_discretize_backward(dlog, dB_bar, *ctx.saved_tensors, *ctx.scheme), None, None, None
+
+
+discretize.register_autograd(_discretize_chain, setup_context=_keep_continuous)
+
+
+@triton.jit
+def _pair(pointer, h, n, modes):
+    """Entries n of channel h of a contiguous (H, modes, 2): real and imaginary parts."""
+    at = pointer + (h * modes + n) * 2
+    return tl.load(at, mask=n < modes, other=0), tl.load(at + 1, mask=n < modes, other=0)
+
+
+@triton.jit
+def _store_pair(pointer, h, n, modes, value):
+    at = pointer + (h * modes + n) * 2
+    tl.store(at, value[0], mask=n < modes)
+    tl.store(at + 1, value[1], mask=n < modes)
+
+
+@triton.jit
+def _times(a, b):
+    return a[0] * b[0] - a[1] * b[1], a[0] * b[1] + a[1] * b[0]
+
+
+@triton.jit
+def _times_conj(a, b):
+    """a conj(b), which is what a gradient a becomes on its way through a product with b."""
+    return a[0] * b[0] + a[1] * b[1], a[1] * b[0] - a[0] * b[1]
+
+
+@triton.jit
+def _inverse(a):
+    square = a[0] * a[0] + a[1] * a[1]
+    return a[0] / square, -a[1] / square
+
+
+@triton.jit
+def _exp(a):
+    magnitude = tl.exp(a[0])
+    return magnitude * tl.cos(a[1]), magnitude * tl.sin(a[1])
+
+
+@triton.jit
+def _log(a):
+    """log a in float64; Triton has no arctangent: a first guess within 0.004, then sin(angle - guess) twice."""
+    x, y = a
+    size = tl.sqrt(x * x + y * y)
+    small, large = tl.minimum(tl.abs(x), tl.abs(y)), tl.maximum(tl.abs(x), tl.abs(y))
+    ratio = small / large
+    angle = ratio * (1.0584 - 0.273 * ratio)
+    angle = tl.where(tl.abs(y) > tl.abs(x), 1.5707963267948966 - angle, angle)
+    angle = tl.where(x < 0, 3.141592653589793 - angle, angle)
+    angle = tl.where(y < 0, -angle, angle)
+    for _ in range(2):
+        sine = (y * tl.cos(angle) - x * tl.sin(angle)) / size
+        angle += sine * (1 + sine * sine / 6)
+    return tl.log(size), angle
+
+
+@triton.jit
+def _expm1_ratio(z):
+    """(exp(z) - 1) / z and its derivative, by their series to z^6 near zero."""
+    near = z[0] * z[0] + z[1] * z[1] < 1e-4
+    far_z = tl.where(near, 1, z[0]), tl.where(near, 0, z[1])
+    inverse, E = _inverse(far_z), _exp(far_z)
+    ratio = _times((E[0] - 1, E[1]), inverse)
+    slope = _times((E[0] - ratio[0], E[1] - ratio[1]), inverse)
+    zero = tl.zeros_like(z[0])
+    series, of_slope = (zero + 1 / 5040, zero), (zero + 6 / 5040, zero)
+    factorial = 5040
+    for k in tl.static_range(5, -1, -1):
+        factorial = factorial // (k + 2)
+        series = _times(series, z)
+        series = series[0] + 1 / factorial, series[1]
+        if k > 0:
+            of_slope = _times(of_slope, z)
+            of_slope = of_slope[0] + k / factorial, of_slope[1]
+    return (
+        (tl.where(near, series[0], ratio[0]), tl.where(near, series[1], ratio[1])),
+        (tl.where(near, of_slope[0], slope[0]), tl.where(near, of_slope[1], slope[1])),
+    )
+
+
+@triton.jit
+def _continuous(A, B, dt, h, n, modes, RATE: tl.constexpr):
+    """A, B, dt and z = dt A of a channel, float64."""
+    a, b = _pair(A, h, n, modes), _pair(B, h, n, modes)
+    step = tl.load(dt + h).to(tl.float64) * RATE
+    a, b = (a[0].to(tl.float64), a[1].to(tl.float64)), (b[0].to(tl.float64), b[1].to(tl.float64))
+    return a, b, step, (step * a[0], step * a[1])
+
+
+@triton.jit
+def _bilinear_factors(z, ALPHA: tl.constexpr):
+    """1 + (1 - alpha) z, a pole exactly at zero moved by one rounding error, and 1 / (1 - alpha z)."""
+    explicit = 1 + (1 - ALPHA) * z[0], (1 - ALPHA) * z[1]
+    explicit = tl.where((explicit[0] == 0) & (explicit[1] == 0), 2.220446049250313e-16, explicit[0]), explicit[1]
+    return explicit, _inverse((1 - ALPHA * z[0], -ALPHA * z[1]))
+
+
+@triton.jit
+def _discretize(
+    A, B, dt, log_A_bar, B_bar, modes, SCHEME: tl.constexpr, RATE: tl.constexpr, ALPHA: tl.constexpr, N: tl.constexpr
+):  # fmt: skip
+    """One channel a program, as in all kernels of parameters; what limits them is to be launched."""
+    h, n = tl.program_id(0).to(tl.int64), tl.arange(0, N)
+    a, b, step, z = _continuous(A, B, dt, h, n, modes, RATE)
+    log, gain = z, (tl.zeros_like(z[0]) + 1, tl.zeros_like(z[0]))  # B_bar = dt B gain
+    if SCHEME == "zoh":
+        gain, _ = _expm1_ratio(z)
+    if SCHEME == "bilinear":
+        explicit, gain = _bilinear_factors(z, ALPHA)
+        log = _log(_times(explicit, gain))
+    _store_pair(log_A_bar, h, n, modes, log)
+    b = _times(b, gain)
+    _store_pair(B_bar, h, n, modes, (step * b[0], step * b[1]))
+
+
+@triton.jit
+def _discretize_gradient(
+    dlog, dB_bar, A, B, dt, dA, dB, ddt, modes,
+    SCHEME: tl.constexpr, RATE: tl.constexpr, ALPHA: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    h, n = tl.program_id(0).to(tl.int64), tl.arange(0, N)
+    a, b, step, z = _continuous(A, B, dt, h, n, modes, RATE)
+    g_log, g = _pair(dlog, h, n, modes), _pair(dB_bar, h, n, modes)
+    g = g[0].to(tl.float64), g[1].to(tl.float64)
+    gain, slope = (tl.zeros_like(z[0]) + 1, tl.zeros_like(z[0])), (tl.zeros_like(z[0]), tl.zeros_like(z[0]))
+    g_z = g_log
+    if SCHEME == "zoh":
+        gain, slope = _expm1_ratio(z)
+    if SCHEME == "bilinear":
+        explicit, gain = _bilinear_factors(z, ALPHA)
+        inverse = _inverse(explicit)
+        slope = _times(gain, gain)
+        slope = ALPHA * slope[0], ALPHA * slope[1]
+        log_slope = (1 - ALPHA) * inverse[0] + ALPHA * gain[0], (1 - ALPHA) * inverse[1] + ALPHA * gain[1]
+        g_z = _times_conj(g_log, log_slope)
+    of_B, of_step, through = _times_conj(g, gain), _times_conj(g, _times(b, gain)), _times_conj(g, _times(b, slope))
+    _store_pair(dB, h, n, modes, (step * of_B[0], step * of_B[1]))
+    g_z = g_z[0] + step * through[0], g_z[1] + step * through[1]
+    _store_pair(dA, h, n, modes, (step * g_z[0], step * g_z[1]))
+    of_step = of_step[0] + _times_conj(g_z, a)[0]
+    tl.store(ddt + h, RATE * tl.sum(tl.where(n < modes, of_step, 0), 0))
+
+
 # ------------------------------------------------------------------------------------------------ operators of S4D
 
 
 @torch.library.custom_op("s4audio::diagonal_operators", mutates_args=())
 def diagonal_operators(
-    log_A_bar: Tensor, B: Tensor, C: Tensor, T: int, rest: int
+    log_A_bar: Tensor, B: Tensor, C: Tensor, D: Tensor | None, T: int, rest: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The operators of chunk.diagonal_operators, in one kernel.
 
@@ -164,6 +406,7 @@ def diagonal_operators(
         log_A_bar: (H, modes, 2) float64, real and imaginary part.
         B: (H, modes, 2) float32, discretized.
         C: (H, modes, 2) float32.
+        D: float32, added to the first tap of the first channels, as many as it has.
         T: samples of a chunk.
         rest: samples of the short chunk at the end.
 
@@ -175,12 +418,15 @@ def diagonal_operators(
     H, modes, _ = B.shape
     N = max(16, triton.next_power_of_2(modes))
     with torch.cuda.device_of(B):  # Triton launches on the current device; backward, autograd has made it the tensors'
-        _operators[(H,)](log_A_bar, B, C, K, P, Q, carry, carry_rest, rest, modes, T, N)
+        skip = 0 if D is None else D.shape[0]
+        _operators[(H,)](
+            log_A_bar, B, C, B if D is None else D.contiguous(), K, P, Q, carry, carry_rest, skip, rest, modes, T, N
+        )
     return K, P, Q, carry, carry_rest
 
 
 @diagonal_operators.register_fake
-def _(log_A_bar: Tensor, B: Tensor, C: Tensor, T: int, rest: int):
+def _(log_A_bar: Tensor, B: Tensor, C: Tensor, D: Tensor | None, T: int, rest: int):
     return _empty_operators(log_A_bar, B, T)
 
 
@@ -210,12 +456,14 @@ def _(dK, dP, dQ, dcarry, dcarry_rest, log_A_bar, B, C, T, rest):
 
 
 def _keep_parameters(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:3])
-    ctx.T, ctx.rest = inputs[3:]
+    log_A_bar, B, C, D, T, rest = inputs
+    ctx.save_for_backward(log_A_bar, B, C)
+    ctx.skip, ctx.T, ctx.rest = 0 if D is None else D.shape[0], T, rest
 
 
-def _operators_gradient(ctx, *gradients):
-    return *_diagonal_operators_backward(*gradients, *ctx.saved_tensors, ctx.T, ctx.rest), None, None
+def _operators_gradient(ctx, dK, *gradients):
+    dD = dK[: ctx.skip, 0] if ctx.skip else None
+    return *_diagonal_operators_backward(dK, *gradients, *ctx.saved_tensors, ctx.T, ctx.rest), dD, None, None
 
 
 diagonal_operators.register_autograd(_operators_gradient, setup_context=_keep_parameters)
@@ -239,14 +487,9 @@ def _powers(log_A_bar, exponents):
 
 
 @triton.jit
-def _pair(pointer, h, n, modes):
-    """Entries n of channel h of a contiguous (H, modes, 2): real and imaginary parts."""
-    at = pointer + (h * modes + n) * 2
-    return tl.load(at, mask=n < modes, other=0), tl.load(at + 1, mask=n < modes, other=0)
-
-
-@triton.jit
-def _operators(log_A_bar, B, C, K, P, Q, carry, carry_rest, rest, modes, T: tl.constexpr, N: tl.constexpr):
+def _operators(
+    log_A_bar, B, C, D, K, P, Q, carry, carry_rest, skip, rest, modes, T: tl.constexpr, N: tl.constexpr
+):  # fmt: skip
     """One channel a program."""
     h = tl.program_id(0).to(tl.int64)
     t, n = tl.arange(0, T), tl.arange(0, N)
@@ -260,7 +503,8 @@ def _operators(log_A_bar, B, C, K, P, Q, carry, carry_rest, rest, modes, T: tl.c
     at = P + (h * T + T - 1 - t[:, None]) * 2 * modes + n[None, :]
     tl.store(at, p_re, mask=known)
     tl.store(at + modes, p_im, mask=known)
-    tl.store(K + h * T + t, 2 * tl.sum(C_re[None, :] * p_re - C_im[None, :] * p_im, 1))
+    taps = 2 * tl.sum(C_re[None, :] * p_re - C_im[None, :] * p_im, 1)
+    tl.store(K + h * T + t, taps + tl.load(D + h + t, mask=(t == 0) & (h < skip), other=0))
     re, im = _powers(wide, (t + 1).to(tl.float64)[:, None])
     at = Q + (h * 2 * modes + n[None, :]) * T + t[:, None]
     tl.store(at, 2 * (re * C_re[None, :] - im * C_im[None, :]), mask=known)
@@ -274,12 +518,6 @@ def _store_carry(out, log, exponent, h, n, modes, N: tl.constexpr):
     re, im = _power(log, tl.zeros((N,), tl.float64) + exponent)
     tl.store(out + h * 2 * modes + n, re, mask=n < modes)
     tl.store(out + (h * 2 + 1) * modes + n, im, mask=n < modes)
-
-
-@triton.jit
-def _times_conj(a, b):
-    """a conj(b), which is what a gradient a becomes on its way through a product with b."""
-    return a[0] * b[0] + a[1] * b[1], a[1] * b[0] - a[0] * b[1]
 
 
 @triton.jit
@@ -322,13 +560,10 @@ def _operators_backward(
     log_im += tl.sum((factor + 1) * to_log[1], 0)
     through_T = _carry_gradient(dcarry, log, T, h, n, modes, N)
     through_rest = _carry_gradient(dcarry_rest, log, rest, h, n, modes, N)
-    at, mask = (h * modes + n) * 2, n < modes
-    tl.store(dlog + at, log_re + through_T[0] + through_rest[0], mask=mask)
-    tl.store(dlog + at + 1, log_im + through_T[1] + through_rest[1], mask=mask)
-    tl.store(dB + at, b_re, mask=mask)
-    tl.store(dB + at + 1, b_im, mask=mask)
-    tl.store(dC + at, 2 * c_re, mask=mask)
-    tl.store(dC + at + 1, 2 * c_im, mask=mask)
+    log_gradient = log_re + through_T[0] + through_rest[0], log_im + through_T[1] + through_rest[1]
+    _store_pair(dlog, h, n, modes, log_gradient)
+    _store_pair(dB, h, n, modes, (b_re, b_im))
+    _store_pair(dC, h, n, modes, (2 * c_re, 2 * c_im))
 
 
 @triton.jit
@@ -352,7 +587,8 @@ def walk(
 
     Args:
         u: (B, H, L) float32, float16 or bfloat16.
-        x: (H, B, S) float32, the state before the first sample.
+        x: (H, B, S) float32, the state before the first sample; as all that follows it may have 2 H channels, of which the
+            last H run backwards in time.
         K: (H, T) float32, the kernel's first taps; T is that of `cut`.
         P: (H, T, S) float32.
         Q: (H, S, T) float32.
@@ -373,34 +609,45 @@ def _walk(
     u: Tensor, x: Tensor, K: Tensor, P: Tensor, Q: Tensor, carry: Tensor, carry_rest: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, last, X = _empty_walk(u, x, P, keep)
+    H = u.shape[1]
+    for channels in (slice(H), slice(H, None))[: len(K) // H]:
+        operators = [v[channels] for v in (K, P, Q, carry, carry_rest)]
+        _walk_one_way(u, y, X[:, channels], x[channels], last[channels], operators, keep, channels.start is not None)
+    return y, last, X
+
+
+def _walk_one_way(
+    u: Tensor, y: Tensor, X: Tensor, x: Tensor, last: Tensor, operators: list[Tensor], keep: bool, reverse: bool
+) -> None:
+    """Writes y, X and last; reversed in time, adds to y."""
+    K, P, Q, carry, carry_rest = operators
     batch, channels, length = u.shape
     shape = cut(u)
-    S = P.shape[-1]
-    common = _constants(S, shape.T, carry, PRECISION[u.dtype].forward)
+    S, T = P.shape[-1], shape.T
+    common = _constants(S, T, carry, PRECISION[u.dtype].forward) | {"REVERSE": reverse}
+    strides = u.stride(0), u.stride(1), y.stride(0), y.stride(1), X.stride(0), X.stride(1)
     if shape.num_chunks:
         tiles = (triton.cdiv(batch * shape.num_segments, LANES), channels)
+        first = length - T if reverse else 0
+        starts = x
         if shape.num_segments > 1:
             sums = x.new_empty(channels, batch * shape.num_segments, S)
             _sums[tiles](
-                u, sums, P, carry, u.stride(0), u.stride(1), batch, shape.num_segments, shape.span, shape.num_chunks, S, 1,
-                BACK=False, **common,
+                u, sums, P, carry, u.stride(0), u.stride(1), batch, shape.num_segments, shape.span, shape.num_chunks, first,
+                S, 1, BACK=False, **common,
             )  # fmt: skip
-            x = _chain(sums, x, carry, shape, batch, back=False)
+            starts = _chain(sums, x, carry, shape, batch, back=False)
+        x = torch.empty_like(last) if shape.rest else last
         _forward[tiles](
-            u, y, X, x, last, K, P, Q, carry, u.stride(0), u.stride(1), y.stride(0), y.stride(1), batch,
-            shape.num_segments, shape.span, shape.num_chunks, 0, shape.T, X.stride(1), 0,
-            KEEP=keep, **common,
+            u, y, X, starts, x, K, P, Q, carry, *strides, batch, shape.num_segments, shape.span, shape.num_chunks, first, T,
+            0, KEEP=keep, **common,
         )  # fmt: skip
-        x = last
     if shape.rest:
-        after = torch.empty_like(last)
+        first = 0 if reverse else shape.num_chunks * T
         _forward[(triton.cdiv(batch, LANES), channels)](
-            u, y, X, x, after, K, P, Q, carry_rest, u.stride(0), u.stride(1), y.stride(0), y.stride(1), batch,
-            1, 1, 1, shape.num_chunks * shape.T, shape.rest, X.stride(1), shape.num_chunks,
+            u, y, X, x, last, K, P, Q, carry_rest, *strides, batch, 1, 1, 1, first, shape.rest, shape.num_chunks,
             KEEP=keep, **common,
         )  # fmt: skip
-        last = after
-    return y, last, X
 
 
 def _programs(lanes: int, channels: int) -> tuple[int, int]:
@@ -422,9 +669,9 @@ def _rows(v: Tensor) -> Tensor:
 
 
 def _empty_walk(u: Tensor, x: Tensor, P: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    batch, channels, length = u.shape
-    S = P.shape[-1]
-    num_states = -(-length // P.shape[1]) if keep else 0
+    batch, length = u.shape[0], u.shape[2]
+    channels, T, S = P.shape
+    num_states = -(-length // T) if keep else 0
     kept = torch.bfloat16 if u.dtype == torch.bfloat16 else torch.float32
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     return y, x.new_empty(channels, batch, S), u.new_empty(batch, channels, num_states, S, dtype=kept)
@@ -460,48 +707,59 @@ def _walk_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     u, dy, K, P, Q, carry, carry_rest = _rows(u), _rows(dy), *(v.contiguous() for v in (K, P, Q, carry, carry_rest))
     du = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    dlast, before = dlast.contiguous(), torch.empty_like(dlast, memory_format=torch.contiguous_format)
+    H, shape, S = u.shape[1], cut(u), P.shape[-1]
+    body = _programs(u.shape[0] * shape.num_segments, H)[0] if shape.num_chunks else 0
+    rest = _programs(u.shape[0], H)[0] if shape.rest else 0
+    size_A = carry[0].numel()
+    partial = dlast.new_empty(len(K), body + rest, shape.T * (shape.T + 2 * S) + size_A)
+    for channels in (slice(H), slice(H, None))[: len(K) // H]:
+        operators = [v[channels] for v in (K, P, Q, carry, carry_rest)]
+        written = before[channels], partial[channels]
+        _walk_back_one_way(dy, dlast[channels], u, X[:, channels], du, *written, operators, channels.start is not None)
+    dK, dP, dQ, dcarry, dcarry_rest = (torch.empty_like(v) for v in (K, P, Q, carry, carry_rest))
+    _totals[(1 + triton.cdiv(2 * shape.T * S + size_A, BLOCK), len(K))](
+        partial, dK, dP, dQ, dcarry, dcarry_rest, body, body + rest, S, size_A, T=shape.T, BLOCK=BLOCK
+    )
+    return du, before, dK, dP, dQ, dcarry, dcarry_rest
+
+
+def _walk_back_one_way(
+    dy: Tensor, dlast: Tensor, u: Tensor, X: Tensor, du: Tensor, before: Tensor, partial: Tensor, operators: list[Tensor],
+    reverse: bool,
+) -> None:  # fmt: skip
+    """Writes du, before (the gradient of the state before the first sample) and partial; reversed in time, adds to du."""
+    K, P, Q, carry, carry_rest = operators
     batch, channels, length = u.shape
     shape = cut(u)
     S, T = P.shape[-1], shape.T
-    dense = carry.shape[-1] == S
     exact = u.dtype == torch.float32 and u.numel() < SMALL
     common = _constants(S, T, carry, PRECISION[u.dtype].forward if exact else PRECISION[u.dtype].backward)
+    common["REVERSE"] = reverse
     body, body_tiles = _programs(batch * shape.num_segments, channels) if shape.num_chunks else (0, 0)
-    tail, tail_tiles = _programs(batch, channels) if shape.rest else (0, 0)
-    size_A = S * S if dense else S
-    partial = dlast.new_empty(channels, body + tail, T * T + 2 * T * S + size_A)
-    gradient = dlast.contiguous()
+    rest, rest_tiles = _programs(batch, channels) if shape.rest else (0, 0)
+    strides = tuple(stride for v in (u, dy, du, X) for stride in v.stride()[:2])
     if shape.rest:
-        before = torch.empty_like(gradient)
-        _backward[(tail, channels)](
-            u, dy, du, X, gradient, before, partial, K, P, Q, carry_rest, u.stride(0), u.stride(1), dy.stride(0),
-            dy.stride(1), du.stride(0), du.stride(1), batch, tail_tiles, 1, 1, 1, shape.num_chunks * T, shape.rest,
-            X.stride(1), shape.num_chunks, body, body + tail, **common,
+        gradient = torch.empty_like(before) if shape.num_chunks else before
+        first = 0 if reverse else shape.num_chunks * T
+        _backward[(rest, channels)](
+            u, dy, du, X, dlast, gradient, partial, K, P, Q, carry_rest, *strides, batch, rest_tiles, 1, 1, 1, first,
+            shape.rest, shape.num_chunks, body, body + rest, **common,
         )  # fmt: skip
-        gradient = before
+        dlast = gradient
     if shape.num_chunks:
-        ends = gradient
+        ends, first = dlast, length - T if reverse else 0
         if shape.num_segments > 1:
             sums = dlast.new_empty(channels, batch * shape.num_segments, S)
             _sums[(triton.cdiv(batch * shape.num_segments, LANES), channels)](
                 dy, sums, Q, carry, dy.stride(0), dy.stride(1), batch, shape.num_segments, shape.span, shape.num_chunks,
-                1, T, BACK=True, **common,
+                first, 1, T, BACK=True, **common,
             )  # fmt: skip
-            ends = _chain(sums, gradient, carry, shape, batch, back=True)
-        before = torch.empty_like(gradient)
+            ends = _chain(sums, dlast, carry, shape, batch, back=True)
         _backward[(body, channels)](
-            u, dy, du, X, ends, before, partial, K, P, Q, carry, u.stride(0), u.stride(1), dy.stride(0), dy.stride(1),
-            du.stride(0), du.stride(1), batch, body_tiles, shape.num_segments, shape.span, shape.num_chunks, 0, T,
-            X.stride(1), 0, 0, body + tail, **common,
+            u, dy, du, X, ends, before, partial, K, P, Q, carry, *strides, batch, body_tiles, shape.num_segments,
+            shape.span, shape.num_chunks, first, T, 0, 0, body + rest, **common,
         )  # fmt: skip
-        gradient = before
-    first, second, third = T * T, T * T + T * S, T * T + 2 * T * S
-    total = partial[..., :third].sum(1) if body + tail > 1 else partial[:, 0, :third]
-    dK = total[:, :first].unflatten(1, (T, T)).sum(1)
-    # Copies: what an operation returns must not share memory, and of one channel these slices are contiguous already.
-    dP, dQ = total[:, first:second].clone().unflatten(1, (T, S)), total[:, second:].clone().unflatten(1, (S, T))
-    dA = [partial[:, part, third:].sum(1).to(carry.dtype).view(carry.shape) for part in (slice(body), slice(body, None))]
-    return du, gradient, dK, dP, dQ, dA[0], dA[1]
 
 
 @_walk_backward.register_fake
@@ -514,7 +772,7 @@ def _refuse_second_derivatives(ctx, *gradients):
     raise RuntimeError("the fused engine has no second derivatives; take them within s4audio.backend('chunk').")
 
 
-for _gradient in (_diagonal_operators_backward, _walk_backward):
+for _gradient in (_discretize_backward, _diagonal_operators_backward, _walk_backward):
     _gradient.register_autograd(_refuse_second_derivatives)
 
 
@@ -529,7 +787,7 @@ def _walk_gradient(ctx, dy, dlast, _):
     if dy is None:
         dy = torch.zeros_like(u)
     if dlast is None:
-        dlast = K.new_zeros(u.shape[1], u.shape[0], X.shape[-1])
+        dlast = K.new_zeros(X.shape[1], u.shape[0], X.shape[-1])
     return *_walk_backward(dy, dlast, *ctx.saved_tensors), None
 
 
@@ -624,8 +882,8 @@ def _advance(re, im, A, DENSE: tl.constexpr):
 
 @triton.jit(do_not_specialize=COUNTS)
 def _sums(
-    v, sums, operator, carry, v_b, v_h, batch, num_segments, span, num_chunks, o_t, o_n, modes,
-    BACK: tl.constexpr, R: tl.constexpr, T: tl.constexpr, N: tl.constexpr, DENSE: tl.constexpr, PRODUCT: tl.constexpr,
+    v, sums, operator, carry, v_b, v_h, batch, num_segments, span, num_chunks, first, o_t, o_n, modes, BACK: tl.constexpr,
+    R: tl.constexpr, T: tl.constexpr, N: tl.constexpr, DENSE: tl.constexpr, PRODUCT: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """What each segment adds to the state: from u by P, or backwards in time from dy by Q transposed. One reading of v."""
     h = tl.program_id(1).to(tl.int64)
@@ -633,17 +891,20 @@ def _sums(
     t, n = tl.arange(0, T), tl.arange(0, N)
     b, segment = (lane // num_segments).to(tl.int64), lane % num_segments
     is_lane, is_mode = lane < batch * num_segments, (n < modes)[None, :] & (t < T)[:, None]
-    o_re, o_im = _halves(operator + h * T * 2 * modes, t[:, None], n[None, :], o_t, o_n, modes * o_n, is_mode)
+    place = _places(t, T, REVERSE)[:, None]
+    o_re, o_im = _halves(operator + h * T * 2 * modes, place, n[None, :], o_t, o_n, modes * o_n, is_mode)
     o_re, o_im = _factor(o_re, PRODUCT), _factor(o_im, PRODUCT)
     A = _load_carry(carry, h, n, modes, BACK, DENSE)
-    rows = v + (b * v_b + h * v_h)[:, None] + t[None, :]
+    rows = v + (b * v_b + h * v_h + first)[:, None] + t[None, :]
     re, im = tl.zeros((R, N), tl.float32), tl.zeros((R, N), tl.float32)
     for step in range(span):
         m = segment * span + step
         if BACK:
             m = segment * span + span - 1 - step
         is_chunk = is_lane & (m < num_chunks)
-        V = _factor(tl.load(rows + (m * T)[:, None], mask=is_chunk[:, None] & (t < T)[None, :], other=0), PRODUCT)
+        V = _factor(
+            tl.load(rows + _shift(m, T, REVERSE)[:, None], mask=is_chunk[:, None] & (t < T)[None, :], other=0), PRODUCT
+        )
         new_re, new_im = _advance(re, im, A, DENSE)
         re = tl.where(is_chunk[:, None], _dot(V, o_re, new_re, PRODUCT), re)
         im = tl.where(is_chunk[:, None], _dot(V, o_im, new_im, PRODUCT), im)
@@ -710,35 +971,38 @@ def _diagonal_power(carry, exponent, h, n, modes, CONJUGATE: tl.constexpr, N: tl
 
 @triton.jit(do_not_specialize=COUNTS)
 def _forward(
-    u, y, X, starts, last, K, P, Q, carry, u_b, u_h, y_b, y_h, batch, num_segments, span, num_chunks, first, valid, X_h,
-    first_chunk, modes,
-    KEEP: tl.constexpr, R: tl.constexpr, T: tl.constexpr, N: tl.constexpr, DENSE: tl.constexpr, PRODUCT: tl.constexpr,
+    u, y, X, starts, last, K, P, Q, carry, u_b, u_h, y_b, y_h, X_b, X_h, batch, num_segments, span, num_chunks, first,
+    valid, first_chunk, modes, KEEP: tl.constexpr,
+    R: tl.constexpr, T: tl.constexpr, N: tl.constexpr, DENSE: tl.constexpr, PRODUCT: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Output and states from the states at the start of each segment. One reading of u, one writing of y and of X."""
-    h, channels = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    h = tl.program_id(1).to(tl.int64)
     lane = tl.program_id(0) * R + tl.arange(0, R)
     t, n = tl.arange(0, T), tl.arange(0, N)
     b, segment = (lane // num_segments).to(tl.int64), lane % num_segments
     is_lane, is_mode, is_sample = lane < batch * num_segments, n < modes, t < valid
-    toeplitz, p, q = _load_operators(K, P, Q, h, t, n, valid, modes, T, PRODUCT)
+    toeplitz, p, q = _load_operators(K, P, Q, h, t, n, valid, modes, T, PRODUCT, REVERSE)
     A = _load_carry(carry, h, n, modes, False, DENSE)
     is_state = is_lane[:, None] & is_mode[None, :]
     re, im = _halves(starts, (h * batch * num_segments + lane)[:, None], n[None, :], 2 * modes, 1, modes, is_state)
     u_rows = u + (b * u_b + h * u_h + first)[:, None] + t[None, :]
     y_rows = y + (b * y_b + h * y_h + first)[:, None] + t[None, :]
-    X_rows = X + ((b * channels + h) * X_h)[:, None] + n[None, :]
+    X_rows = X + (b * X_b + h * X_h)[:, None] + n[None, :]
     for step in range(span):
         m = segment * span + step
         is_chunk = is_lane & (m < num_chunks)
         here = is_chunk[:, None] & is_sample[None, :]
-        U = _factor(tl.load(u_rows + (m * T)[:, None], mask=here, other=0), PRODUCT)
+        shift = _shift(m, T, REVERSE)[:, None]
+        U = _factor(tl.load(u_rows + shift, mask=here, other=0), PRODUCT)
         if KEEP:
             at, mask = X_rows + ((first_chunk + m) * 2 * modes)[:, None], is_chunk[:, None] & is_mode[None, :]
             tl.store(at, re, mask=mask)
             tl.store(at + modes, im, mask=mask)
         Y = _dot(U, toeplitz, tl.zeros((R, T), tl.float32), PRODUCT)
         Y = _dot(_factor(im, PRODUCT), q[1], _dot(_factor(re, PRODUCT), q[0], Y, PRODUCT), PRODUCT)
-        tl.store(y_rows + (m * T)[:, None], Y, mask=here)
+        if REVERSE:
+            Y += tl.load(y_rows + shift, mask=here, other=0).to(tl.float32)
+        tl.store(y_rows + shift, Y, mask=here)
         new_re, new_im = _advance(re, im, A, DENSE)
         re = tl.where(is_chunk[:, None], _dot(U, p[0], new_re, PRODUCT), re)
         im = tl.where(is_chunk[:, None], _dot(U, p[1], new_im, PRODUCT), im)
@@ -749,33 +1013,50 @@ def _forward(
 
 
 @triton.jit
-def _load_operators(K, P, Q, h, t, n, valid, modes, T: tl.constexpr, PRODUCT: tl.constexpr):
+def _places(t, valid, REVERSE: tl.constexpr):
+    """Where the samples of a chunk, in the order of memory, stand in the recurrence."""
+    if REVERSE:
+        t = valid - 1 - t
+    return t
+
+
+@triton.jit
+def _shift(m, T: tl.constexpr, REVERSE: tl.constexpr):
+    """Samples from the first chunk of the recurrence to chunk m."""
+    if REVERSE:
+        m = -m
+    return m * T
+
+
+@triton.jit
+def _load_operators(
+    K, P, Q, h, t, n, valid, modes, T: tl.constexpr, PRODUCT: tl.constexpr, REVERSE: tl.constexpr
+):  # fmt: skip
     """toeplitz(K) (T, T), P as (T, N) twice and Q as (N, T) twice; for a chunk of fewer samples the last rows of P."""
-    l = t[None, :] - t[:, None]
+    place, is_sample = _places(t, valid, REVERSE), t < valid
+    l = place[None, :] - place[:, None]
     toeplitz = tl.load(K + h * T + l, mask=l >= 0, other=0)
-    is_mode = (n < modes)[None, :]
-    p = _halves(
-        P + h * T * 2 * modes, T - valid + t[:, None], n[None, :], 2 * modes, 1, modes, is_mode & (t < valid)[:, None]
-    )
-    q = _halves(Q + h * T * 2 * modes, n[:, None], t[None, :], T, 1, modes * T, (n < modes)[:, None] & (t < valid)[None, :])
+    p_mask, q_mask = (n < modes)[None, :] & is_sample[:, None], (n < modes)[:, None] & is_sample[None, :]
+    p = _halves(P + h * T * 2 * modes, T - valid + place[:, None], n[None, :], 2 * modes, 1, modes, p_mask)
+    q = _halves(Q + h * T * 2 * modes, n[:, None], place[None, :], T, 1, modes * T, q_mask)
     p, q = (_factor(p[0], PRODUCT), _factor(p[1], PRODUCT)), (_factor(q[0], PRODUCT), _factor(q[1], PRODUCT))
     return _factor(toeplitz, PRODUCT), p, q
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _backward(
-    u, dy, du, X, ends, before, partial, K, P, Q, carry, u_b, u_h, dy_b, dy_h, du_b, du_h, batch, tiles, num_segments,
-    span, num_chunks, first, valid, X_h, first_chunk, first_partial, num_partials, modes,
-    R: tl.constexpr, T: tl.constexpr, N: tl.constexpr, DENSE: tl.constexpr, PRODUCT: tl.constexpr,
+    u, dy, du, X, ends, before, partial, K, P, Q, carry, u_b, u_h, dy_b, dy_h, du_b, du_h, X_b, X_h, batch, tiles,
+    num_segments, span, num_chunks, first, valid, first_chunk, first_partial, num_partials, modes,
+    R: tl.constexpr, T: tl.constexpr, N: tl.constexpr, DENSE: tl.constexpr, PRODUCT: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """All gradients, from those of the states at the end of each segment. One reading of u, dy and X, one writing of du.
 
     Five products of T x T or T x S a chunk; at N = 64 the three sums of T x T and T x S fill 96 registers of a thread.
     """
-    h, channels = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    h = tl.program_id(1).to(tl.int64)
     t, n = tl.arange(0, T), tl.arange(0, N)
     is_mode, is_sample = n < modes, t < valid
-    toeplitz, p, q = _load_operators(K, P, Q, h, t, n, valid, modes, T, PRODUCT)
+    toeplitz, p, q = _load_operators(K, P, Q, h, t, n, valid, modes, T, PRODUCT, REVERSE)
     A = _load_carry(carry, h, n, modes, True, DENSE)
     W = tl.zeros((T, T), tl.float32)
     dp_re, dp_im = tl.zeros((T, N), tl.float32), tl.zeros((T, N), tl.float32)
@@ -797,20 +1078,23 @@ def _backward(
         u_rows = u + (b * u_b + h * u_h + first)[:, None] + t[None, :]
         dy_rows = dy + (b * dy_b + h * dy_h + first)[:, None] + t[None, :]
         du_rows = du + (b * du_b + h * du_h + first)[:, None] + t[None, :]
-        X_rows = X + ((b * channels + h) * X_h)[:, None] + n[None, :]
+        X_rows = X + (b * X_b + h * X_h)[:, None] + n[None, :]
         for step in range(span):
             m = segment * span + span - 1 - step
             is_chunk = is_lane & (m < num_chunks)
             here = is_chunk[:, None] & is_sample[None, :]
-            U = _factor(tl.load(u_rows + (m * T)[:, None], mask=here, other=0), PRODUCT)
-            G = _factor(tl.load(dy_rows + (m * T)[:, None], mask=here, other=0), PRODUCT)
+            shift = _shift(m, T, REVERSE)[:, None]
+            U = _factor(tl.load(u_rows + shift, mask=here, other=0), PRODUCT)
+            G = _factor(tl.load(dy_rows + shift, mask=here, other=0), PRODUCT)
             at, mask = X_rows + ((first_chunk + m) * 2 * modes)[:, None], is_chunk[:, None] & is_mode[None, :]
             x_re, x_im = tl.load(at, mask=mask, other=0), tl.load(at + modes, mask=mask, other=0)
             g = _factor(g_re, PRODUCT), _factor(g_im, PRODUCT)
             x = _factor(x_re, PRODUCT), _factor(x_im, PRODUCT)
             dU = _dot(G, _transposed(toeplitz), tl.zeros((R, T), tl.float32), PRODUCT)
             dU = _dot(g[1], _transposed(p[1]), _dot(g[0], _transposed(p[0]), dU, PRODUCT), PRODUCT)
-            tl.store(du_rows + (m * T)[:, None], dU, mask=here)
+            if REVERSE:
+                dU += tl.load(du_rows + shift, mask=here, other=0).to(tl.float32)
+            tl.store(du_rows + shift, dU, mask=here)
             W = _dot(_transposed(U), G, W, PRODUCT)
             dp_re = _dot(_transposed(U), g[0], dp_re, PRODUCT)
             dp_im = _dot(_transposed(U), g[1], dp_im, PRODUCT)
@@ -836,13 +1120,14 @@ def _backward(
     size_A = S * S if DENSE else S
     out = partial + (h * num_partials + first_partial + tl.program_id(0)) * (T * T + 2 * T * S + size_A)
     # Row i of W turned by i to the left: its sum over rows is then the gradient of K, whose taps are W's diagonals.
-    l = t[None, :] - t[:, None]
+    place = _places(t, valid, REVERSE)
+    l = place[None, :] - place[:, None]
     tl.store(out + t[:, None] * T + (l + T) % T, tl.where(l >= 0, W, 0))
-    row = (t + T - valid) % T  # rows of the last chunk's P are the last of P
+    row = (place + T - valid) % T  # rows of the last chunk's P are the last of P
     at, mask = out + T * T + row[:, None] * S + n[None, :], (t < T)[:, None] & is_mode[None, :]
     tl.store(at, dp_re, mask=mask)
     tl.store(at + modes, dp_im, mask=mask)
-    at = out + T * T + T * S + n[None, :] * T + t[:, None]
+    at = out + T * T + T * S + n[None, :] * T + ((place + T) % T)[:, None]
     tl.store(at, dq_re, mask=mask)
     tl.store(at + modes * T, dq_im, mask=mask)
     out += T * T + 2 * T * S
@@ -855,3 +1140,33 @@ def _backward(
     else:
         tl.store(out + n, tl.sum(a_re, 0), mask=is_mode)
         tl.store(out + modes + n, tl.sum(a_im, 0), mask=is_mode)
+
+
+@triton.jit(do_not_specialize=["body", "num_partials"])
+def _totals(
+    partial, dK, dP, dQ, dcarry, dcarry_rest, body, num_partials, S, size_A, T: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The gradients of a channel's operators, summed over its programs in their order: `body` of them, then the rest's."""
+    h, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    size = T * T + 2 * T * S + size_A
+    rows = partial + h * num_partials * size
+    t = tl.arange(0, T)
+    if block == 0:
+        W = tl.zeros((T, T), tl.float32)
+        for program in range(num_partials):
+            W += tl.load(rows + program * size + t[:, None] * T + t[None, :])
+        tl.store(dK + h * T + t, tl.sum(W, 0))
+    else:
+        i = (block - 1) * BLOCK + tl.arange(0, BLOCK)
+        is_P, is_Q, is_A = i < T * S, (i >= T * S) & (i < 2 * T * S), (i >= 2 * T * S) & (i < 2 * T * S + size_A)
+        total, of_rest = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+        for program in range(num_partials):
+            value = tl.load(rows + program * size + T * T + i, mask=is_P | is_Q | is_A, other=0)
+            if program < body:
+                total += value
+            else:
+                of_rest += value
+        tl.store(dP + h * T * S + i, total + of_rest, mask=is_P)
+        tl.store(dQ + h * T * S + i - T * S, total + of_rest, mask=is_Q)
+        tl.store(dcarry + h * size_A + i - 2 * T * S, total, mask=is_A)
+        tl.store(dcarry_rest + h * size_A + i - 2 * T * S, of_rest, mask=is_A)

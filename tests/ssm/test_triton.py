@@ -3,13 +3,15 @@
 `make test-gpu` runs the shapes of practical size (mark `gpu`); the interpreter runs small ones that reach the same branches.
 """
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
 
 from s4audio import S4, S4D
-from s4audio.ssm import backend, chunk, ops, run
-from tests.ssm.systems import FAMILIES, cast, discretize, error, parameters
+from s4audio.ssm import DISCRETIZATIONS, backend, chunk, diagonal, diagonal_system, ops, run
+from tests.ssm.systems import ALPHA, FAMILIES, cast, discretize, error, parameters
 
 fused = pytest.importorskip("s4audio.ssm.triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -250,7 +252,7 @@ def test_refusals_say_why():
 @pytest.mark.parametrize(
     "module, name, value, reason",
     [
-        (fused, "INTERPRETED", False, "u is on the cpu, and its kernels need CUDA"),
+        (fused, "INTERPRETED", False, "u is on the cpu, and its kernels multiply bfloat16 and TF32 in CUDA"),
         (ops, "fused", None, "Triton is not installed"),
     ],
     ids=["no GPU", "no Triton"],
@@ -263,6 +265,102 @@ def test_where_it_cannot_run_it_is_refused_and_auto_goes_on(monkeypatch, module,
     with backend("chunk"):
         wanted = run(system, u)[0]
     assert torch.equal(run(system, u)[0], wanted)
+
+
+# Both ways, and the skip term
+
+
+def both_ways(layer: torch.nn.Module, u: Tensor, name: str) -> dict[str, Tensor]:
+    """Output and all gradients of a bidirectional layer."""
+    u = u.detach().requires_grad_()
+    with backend(name):
+        y = layer(u)
+    layer.zero_grad()
+    torch.manual_seed(2)
+    y.backward(torch.randn(y.shape).to(y))
+    gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    return {name: value.detach().cpu().double() for name, value in {"y": y, "du": u.grad, **gradients}.items()}
+
+
+def compare_both_ways(layer: torch.nn.Module, shape: tuple[int, int, int], dtype: torch.dtype, looser: float = 1) -> None:
+    """The fused layer against the plain one in float64."""
+    u = torch.randn(shape).to(dtype)
+    wanted = both_ways(copy.deepcopy(layer).double(), u.double(), "chunk")
+    found = both_ways(layer.to(DEVICE), u.to(DEVICE), "triton")
+    for name, value in found.items():
+        tolerance = VALUES[dtype] if name == "y" else looser * GRADIENTS[dtype]
+        assert error(value, wanted[name]) < tolerance, name
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 100, 200])
+@pytest.mark.parametrize("layer", [S4D, S4])
+def test_both_ways_at_any_length(layer, length):
+    compare_both_ways(layer(3, 8, bidirectional=True), (2, 3, length), torch.float32)
+
+
+@pytest.mark.parametrize("span", [1, 3])
+@pytest.mark.parametrize("layer", [S4D, S4])
+def test_both_ways_in_segments(monkeypatch, layer, span):
+    cut = fused.cut
+
+    def into(u: Tensor) -> fused.Cut:
+        shape = cut(u)
+        return shape._replace(span=span, num_segments=-(-shape.num_chunks // span))
+
+    monkeypatch.setattr(fused, "cut", into)
+    compare_both_ways(layer(2, 8, bidirectional=True), (2, 2, 32 * 7 + 5), torch.float32)
+
+
+def test_both_ways_of_many_modes_and_in_half_precision():
+    compare_both_ways(S4D(2, 80, bidirectional=True), (2, 2, 70), torch.float32, looser=2)
+    compare_both_ways(S4D(2, 8, bidirectional=True), (2, 2, 200), torch.bfloat16, looser=2)
+
+
+@pytest.mark.parametrize("layer", [S4D, S4])
+def test_the_skip_term_has_its_gradient(layer):
+    compare_both_ways(layer(3, 8), (2, 3, 70), torch.float32)
+
+
+# Discretization
+
+
+def discretized(make, values: dict[str, Tensor], discretization: str, **options) -> dict[str, Tensor]:
+    """log A_bar, B_bar and all gradients of a weighted sum of them."""
+    values = {name: value.detach().requires_grad_() for name, value in values.items()}
+    system = make(**values, discretization=discretization, **options)
+    torch.manual_seed(2)
+    outputs = [torch.view_as_real(v) for v in (system.log_A_bar, system.B_bar)]
+    loss = sum((v * torch.randn(v.shape).to(v.device)).sum() for v in outputs)
+    names = ("A", "B", "dt")
+    gradients = torch.autograd.grad(loss, [values[name] for name in names])
+    found = {"log_A_bar": system.log_A_bar, "B_bar": system.B_bar, **dict(zip(names, gradients, strict=True))}
+    return {name: cast(value.detach().cpu(), torch.float64) for name, value in found.items()}
+
+
+@pytest.mark.parametrize("size", [1.0, 30.0, 1e-3, 0.0])
+@pytest.mark.parametrize("discretization", DISCRETIZATIONS)
+def test_discretization_in_one_kernel_equals_the_formulas(discretization, size):
+    """`size` scales A: poles far away, where the bilinear transform turns its angle over, near zero, and at zero."""
+    values = parameters("diagonal", "lin", 3, 12)
+    values["A"] = cast(cast(size * values["A"], torch.float32), torch.float64)
+    options = {"alpha": ALPHA, "rate": 0.7} if discretization == "generalized_bilinear" else {}
+    wanted = discretized(diagonal.diagonal_system, values, discretization, **options)
+    single = {name: cast(value, torch.float32).to(DEVICE) for name, value in values.items()}
+    with backend("triton"):
+        found = discretized(diagonal_system, single, discretization, **options)
+    for name, value in found.items():
+        assert error(value, wanted[name]) < (1e-12 if name == "log_A_bar" else 2e-7), name
+
+
+def test_discretization_keeps_a_gap_and_leaves_other_precisions_to_pytorch(monkeypatch):
+    values = parameters("diagonal", "lin", 2, 4)
+    single = {name: cast(value, torch.float32).to(DEVICE) for name, value in values.items()}
+    with backend("triton"):
+        found = diagonal_system(**single, discretization="async", gap=2.5).log_A_bar
+        assert error(found, diagonal_system(**values, discretization="async", gap=2.5).log_A_bar) < 1e-12
+        monkeypatch.setattr(fused, "diagonal_system", None)
+        diagonal_system(**values)
+        diagonal_system(**{name: value.real for name, value in single.items()})
 
 
 # torch.compile and torch.library
@@ -305,8 +403,11 @@ def test_operations_are_registered_as_torch_wants_them(H):
     B, C = torch.randn(H, modes, 2), torch.randn(H, modes, 2)
     log, B, C = (v.to(DEVICE).requires_grad_() for v in (log, B, C))
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(fused.diagonal_operators, (log, B, C, T, 5), test_utils=tests)
-    operators = [v.detach().requires_grad_() for v in fused.diagonal_operators(log, B, C, T, 5)]
+    A, dt = log.detach().float().requires_grad_(), torch.rand(H, device=DEVICE, requires_grad=True)
+    torch.library.opcheck(fused.discretize, (A, B, dt, "zoh", 1.0, 0.5), test_utils=tests)
+    D = torch.randn(H, device=DEVICE, requires_grad=True)
+    torch.library.opcheck(fused.diagonal_operators, (log, B, C, D, T, 5), test_utils=tests)
+    operators = [v.detach().requires_grad_() for v in fused.diagonal_operators(log, B, C, None, T, 5)]
     u, x = torch.randn(2, H, 69, device=DEVICE, requires_grad=True), torch.randn(H, 2, 2 * modes, device=DEVICE)
     torch.library.opcheck(fused.walk, (u, x, *operators, True), test_utils=tests)
 
@@ -340,6 +441,14 @@ def test_gpu_half_precision(kind, init, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gpu_large(dtype):
     compare("diagonal", "lin", (16, 64, 8192), 64, dtype, looser=3)  # products of two parts, above SMALL
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layer", [S4D, S4])
+@pytest.mark.parametrize("length", [16, 1024, 5000])
+def test_gpu_both_ways(layer, length):
+    compare_both_ways(layer(16, 64, bidirectional=True), (8, 16, length), torch.float32, looser=3)
+    compare_both_ways(layer(16, 64, bidirectional=True), (8, 16, length), torch.bfloat16, looser=2)
 
 
 @pytest.mark.gpu

@@ -34,17 +34,22 @@ def compile_only(self, *args, grid, warmup, **kwargs):
 driver.set_active(Driver())
 JITFunction.run = compile_only
 kind, init, dtype, shapes = json.loads(sys.argv[1])
+plain = {"rate": 1, "alpha": 0.5, "gap": 1}
 for batch, length, d_state in shapes:
     values = {name: value.requires_grad_() for name, value in parameters(kind, init, 3, d_state).items()}
     system = discretize(values, "bilinear", torch.float32)
+    if kind == "diagonal":
+        continuous = {name: values[name].to(torch.complex64) for name in "ABC"}
+        for scheme in ("dirac", "zoh", "bilinear"):
+            system = fused.diagonal_system(**continuous, dt=values["dt"].float(), discretization=scheme, **plain)
     u = torch.zeros(batch, 3, length, dtype=getattr(torch, dtype), requires_grad=True)
-    y, _ = fused.run(system, u, torch.zeros(3, batch, d_state))
+    y, _ = fused.run(system, u, torch.zeros(3, batch, d_state), torch.zeros(3, requires_grad=True))
     y.sum().backward()
 print(json.dumps(shared))
 """
 SHAPES = [(2, 200, 64), (1, 1, 64), (40, 130, 2)]  # batch, length, d_state: segments of one chunk, a rest, one sample, tiles
-WALK = {"_sums", "_starts", "_forward", "_backward"}
-OPERATORS = {"_operators", "_operators_backward"}
+WALK = {"_sums", "_starts", "_forward", "_backward", "_totals"}
+OPERATORS = {"_operators", "_operators_backward", "_discretize", "_discretize_gradient"}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
