@@ -40,7 +40,7 @@ SEES = {  # what each part may import of this package
 }
 ONLY_IN = {  # who may import these packages
     "lightning": {"tasks", "data", "cli"},
-    "triton": {"ssm"},
+    "triton": {"ssm", "layers"},
     "matplotlib": {"report"},
     "jinja2": {"report"},
     "tensorboard": {"cli"},

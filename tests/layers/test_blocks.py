@@ -1,9 +1,16 @@
 """Norm and blocks against torch's own operations."""
 
+import copy
+
+import pytest
 import torch
 from torch import nn
 
 from s4audio.layers import S4D, ChannelNorm, FeedForward, S4Block
+from s4audio.ssm import backend
+from tests.ssm.systems import error
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def test_channel_norm_is_layer_norm_over_channels():
@@ -13,6 +20,54 @@ def test_channel_norm_is_layer_norm_over_channels():
         reference.bias.copy_(norm.bias.normal_())
     u = torch.randn(2, 5, 7, dtype=torch.float64)
     torch.testing.assert_close(norm(u), reference(u.mT).mT)
+
+
+def normalized(norm: ChannelNorm, u: torch.Tensor, name: str) -> dict[str, torch.Tensor]:
+    """Output and gradients."""
+    u = u.detach().requires_grad_()
+    norm.zero_grad()
+    with backend(name):
+        y = norm(u)
+    torch.manual_seed(1)
+    y.backward(torch.randn(y.shape).to(y))
+    found = {"y": y, "du": u.grad, "dweight": norm.weight.grad, "dbias": norm.bias.grad}
+    return {name: value.detach().cpu().double() for name, value in found.items()}
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 7), (3, 32, 300), (2, 700, 20)])
+def test_fused_channel_norm_equals_the_plain_one(monkeypatch, shape, dtype, tolerance):
+    fused = pytest.importorskip("s4audio.layers.triton")
+    monkeypatch.setattr(fused, "PROGRAMS", 2)  # several tiles each
+    norm, u = ChannelNorm(shape[1]), (3 * torch.randn(shape) + 1).to(dtype)
+    with torch.no_grad():
+        norm.weight.normal_()
+        norm.bias.normal_()
+    wanted = normalized(copy.deepcopy(norm).double(), u.double(), "chunk")
+    found = normalized(norm.to(DEVICE), u.to(DEVICE), "triton")
+    for name, value in found.items():
+        assert error(value, wanted[name]) < tolerance, name
+
+
+def test_fused_channel_norm_is_registered_as_torch_wants_it():
+    fused = pytest.importorskip("s4audio.layers.triton")
+    u, weight, bias = torch.randn(2, 5, 7), torch.randn(5), torch.randn(5)
+    arguments = [v.to(DEVICE).requires_grad_() for v in (u, weight, bias)]
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(fused.channel_norm, (*arguments, 1e-5), test_utils=tests)
+
+
+def test_fused_channel_norm_takes_what_is_strided_and_refuses_second_derivatives():
+    pytest.importorskip("s4audio.layers.triton")
+    norm, u = ChannelNorm(5).to(DEVICE), torch.randn(2, 7, 5, device=DEVICE).mT.requires_grad_()
+    with backend("chunk"):
+        wanted = norm(u)
+    with backend("triton"):
+        found = norm(u)
+        assert error(found, wanted) < 1e-6
+        (first,) = torch.autograd.grad(found.square().sum(), u, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no second derivatives; take them within s4audio.backend\('chunk'\)"):
+        first.sum().backward()
 
 
 def test_feed_forward_is_two_linear_maps_around_a_shortcut():
