@@ -32,6 +32,7 @@ import torch
 
 from s4audio import ssm
 from s4audio.ssm import reference
+from s4audio.ssm.diagonal import diagonal_system
 from s4audio.ssm.init import initial_system
 
 SHAPES = {
@@ -58,7 +59,7 @@ def make_pass(
     gradient = torch.randn_like(u) if backward else None
 
     def textbook(A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, dt: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        system = ssm.diagonal_system(A, B, C, dt, "zoh")
+        system = diagonal_system(A, B, C, dt, "zoh")
         return reference.fft_convolution(u, reference.vandermonde_kernel(system, length))
 
     def ours(A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, dt: torch.Tensor, u: torch.Tensor) -> torch.Tensor:

@@ -39,6 +39,7 @@ Everything in a recipe can be set by its path, as in --model.init_args.lr 0.001;
 
 The run folder gets best and last (models), report.html (a page to see and hear), TensorBoard's files and the recipe.
 Ctrl-C stops; the same command goes on. `s4audio fit --help-all` lists every key that exists."""
+SPEED_KEYS = {"cuda_graph", "compile"}  # of a recipe: they change how fast it trains, not what
 PAGE = "report.html"
 LISTEN = (
     "First a recording that the model was not trained on (its first ten seconds), then what it makes of it. Listen for the "
@@ -352,7 +353,8 @@ def _refuse_another_recipe(recipe: dict[str, Any], stored: Path) -> None:
 
 def _first_difference(before: Any, now: Any, key: str) -> str | None:
     if isinstance(before, dict) and isinstance(now, dict):
-        differences = (_first_difference(before.get(k), now.get(k), f"{key}.{k}") for k in {**before, **now})
+        keys = {**before, **now}.keys() - SPEED_KEYS
+        differences = (_first_difference(before.get(k), now.get(k), f"{key}.{k}") for k in sorted(keys))
         return next((difference for difference in differences if difference), None)
     return None if before == now else key
 

@@ -88,8 +88,9 @@ class ConvVAE(WaveformAutoencoder):
     def training_losses(self, audio: Tensor, label: Tensor | None = None) -> dict[str, Tensor]:
         """The reconstruction losses of a draw from the posterior, and `kl` to the prior, in nats per latent number."""
         mean, log_variance = self.posterior(audio)
-        generator = None if self.training else torch.Generator().manual_seed(0)  # validation: the same noise every time
-        latent = mean + noise(mean.shape, generator).to(mean) * (0.5 * log_variance).exp()
+        fixed = None if self.training else torch.Generator().manual_seed(0)  # validation: the same noise every time
+        drawn = noise(mean.shape, fixed).to(mean) if fixed else torch.randn_like(mean)
+        latent = mean + drawn * (0.5 * log_variance).exp()
         estimate = self.decode(latent, audio.shape[-1])
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean((0, 2))  # (D,)
         losses = {name: LOSSES[name](estimate, audio) for name in self.losses}

@@ -32,11 +32,14 @@ class RunFolder(lightning.Callback):
         self.out, self.every_n_steps, self.training = Path(out), every_n_steps, training
         self.best_loss, self.saved_at, self.seconds = float("inf"), 0, 0.0
         self.random_state: Tensor | None = None
+        self.cuda_random_state: Tensor | None = None
 
     def on_train_start(self, trainer: lightning.Trainer, task: lightning.LightningModule) -> None:
         self.started, self.saved_at = time.monotonic(), trainer.global_step
         if self.random_state is not None:
             torch.set_rng_state(self.random_state)
+        if self.cuda_random_state is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(self.cuda_random_state, trainer.strategy.root_device)
         if trainer.global_step and (self.out / "best").exists():
             # The folder itself knows best: the trainer's checkpoint may be older than the last validation.
             scores = checkpoint.read_config(self.out / "best")["training"].get("scores", {})
@@ -63,10 +66,12 @@ class RunFolder(lightning.Callback):
             self._save(trainer, task)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"random_state": torch.get_rng_state(), "seconds": self._seconds()}
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+        return {"random_state": torch.get_rng_state(), "cuda_random_state": cuda, "seconds": self._seconds()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.random_state, self.seconds = state_dict["random_state"], state_dict["seconds"]
+        self.cuda_random_state = state_dict.get("cuda_random_state")
 
     def _save(self, trainer: lightning.Trainer, task: Any) -> None:
         if not all(torch.isfinite(parameter).all() for parameter in task.model.parameters()):
