@@ -302,7 +302,9 @@ def _recipe_cli(arguments: list[str]) -> Any:
             )  # fmt: skip
 
     # Not Lightning's "auto", which takes every GPU there is, or Apple's, which has no float64.
-    hardware = {"accelerator": "cuda" if torch.cuda.is_available() else "cpu", "devices": 1}
+    hardware: dict[str, Any] = {"accelerator": "cpu", "devices": 1}
+    if torch.cuda.is_available():  # benchmark: cuDNN tries its convolutions once, since its guess can be the slowest
+        hardware |= {"accelerator": "cuda", "benchmark": True}
     try:
         return RecipeCLI(
             lightning.LightningModule, lightning.LightningDataModule, subclass_mode_model=True, subclass_mode_data=True,

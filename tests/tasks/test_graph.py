@@ -52,8 +52,8 @@ def test_gpu_the_graph_trains_the_same_model(index):
     task, found = train(models()[index], clips, 11)
     assert task.graph is not None and plain.graph is None
     assert found == pytest.approx(wanted, rel=2e-3)
-    for name, value in plain.model.state_dict().items():
-        torch.testing.assert_close(task.model.state_dict()[name], value, rtol=0.02, atol=2e-3)
+    ours, theirs = (torch.nn.utils.parameters_to_vector(t.model.parameters()) for t in (task, plain))
+    assert (ours - theirs).norm() < 0.01 * theirs.norm()
 
 
 @pytest.mark.gpu
