@@ -32,7 +32,8 @@ def start(job: str, index: int, args: argparse.Namespace) -> tuple[str, subproce
     command += ["--seed_everything", seed, "--train", args.train, "--valid", args.valid]
     if args.steps:
         command += ["--steps", str(args.steps)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     if device == "cpu" or not torch.cuda.is_available():
         command += ["--trainer.accelerator", "cpu"]
     else:

@@ -242,16 +242,82 @@ def diagonal_operators(system: DiagonalSystem, T: int, dtype: torch.dtype) -> Op
 
 
 def dense_operators(system: DPLRSystem, T: int, dtype: torch.dtype) -> Operators:
-    """The operators of DPLR S4, by doubling: [v, A v, ..., A^(2k-1) v] = [W, A^k W] with W the first k."""
-    A = system.A_bar  # A_bar^k
+    """The operators of DPLR S4, by doubling."""
     C = 2 * real_vector(system.C.conj())
-    P, Q = system.B_bar.unsqueeze(-1), (C.unsqueeze(-2) @ A).mT  # (H, S, k): A_bar^j B_bar and (C A_bar^(j+1))^T
-    for _ in range(T.bit_length() - 1):
-        P = torch.cat([P, A @ P], dim=-1)
-        Q = torch.cat([Q, A.mT @ Q], dim=-1)
-        A = A @ A
-    K = (C.unsqueeze(-2) @ P).squeeze(-2)
-    return Operators(toeplitz(K).to(dtype), P.flip(-1).mT.to(dtype), Q.to(dtype), Carry(A.mT, None))
+    K, P, Q, A_T, _ = _dense_operators(system.A_bar, system.B_bar, C, T, dtype == torch.float64)
+    if not (system.A_bar.requires_grad or system.B_bar.requires_grad):
+        P, A_T = P.detach(), A_T.detach()
+    return Operators(toeplitz(K), P, Q.mT, Carry(A_T, None))
+
+
+@torch.library.custom_op("s4audio::dense_operators", mutates_args=())
+def _dense_operators(A: Tensor, B: Tensor, C: Tensor, T: int, exact: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """K (H, T), P and Q^T (H, T, S), the carry A^T transposed (H, S, S) float64, and the powers A^1, A^2, A^4, ...
+
+    From A (H, S, S), B and C (H, S), float64: rows A^j B of P and C A^(j+1) of Q^T for j < 2w are those for j < w and the
+    same times A^w. Only A is squared in float64: its rounding would come back in every chunk, that of P and Q does not.
+    All but the carry is float32, unless exact.
+
+    One operation with its gradient below: autograd would add up what each power gets from its three uses in as many passes.
+    """
+    dtype = torch.float64 if exact else torch.float32
+    H, S, _ = A.shape
+    P, Q = A.new_empty(H, T, S, dtype=dtype), A.new_empty(H, T, S, dtype=dtype)
+    powers = A.new_empty(T.bit_length() - 1, H, S, S, dtype=dtype)
+    P[:, T - 1] = B  # the latest sample has decayed least
+    Q[:, 0] = (C.unsqueeze(-2) @ A).squeeze(-2)
+    for k, power in enumerate(powers):
+        w = 2**k
+        power.copy_(A)
+        P[:, T - 2 * w : T - w] = torch.bmm(P[:, T - w :], power.mT)
+        Q[:, w : 2 * w] = torch.bmm(Q[:, :w], power)
+        A = torch.bmm(A, A)
+    K = torch.bmm(P, C.to(dtype).unsqueeze(-1)).squeeze(-1).flip(-1)
+    return K, P, Q, A.mT.contiguous(), powers
+
+
+@_dense_operators.register_fake
+def _(A, B, C, T, exact):
+    dtype = torch.float64 if exact else torch.float32
+    H, S, _ = A.shape
+    K, P, Q = A.new_empty(H, T, dtype=dtype), A.new_empty(H, T, S, dtype=dtype), A.new_empty(H, T, S, dtype=dtype)
+    return K, P, Q, A.new_empty(H, S, S), A.new_empty(T.bit_length() - 1, H, S, S, dtype=dtype)
+
+
+def _keep_dense(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3], output[1], output[2], output[4])
+    ctx.set_materialize_grads(False)  # the powers have none but for second derivatives
+
+
+def _dense_gradient(
+    ctx, dK: Tensor | None, dP: Tensor | None, dQ: Tensor | None, dA_T: Tensor | None, dpowers: Tensor | None
+):
+    """Backwards through the doublings; dA is the gradient of the power at hand."""
+    A, B, C, P, Q, powers = ctx.saved_tensors
+    T, dtype = P.shape[1], P.dtype
+    C = C.to(dtype)
+    dK = P.new_zeros(P.shape[:2]) if dK is None else dK
+    dP, dQ = (torch.zeros_like(P) if gradient is None else gradient for gradient in (dP, dQ))
+    dA_T = torch.zeros_like(A) if dA_T is None else dA_T
+    dC = torch.bmm(dK.flip(-1).unsqueeze(-2), P).squeeze(-2)
+    dP = dP + dK.flip(-1).unsqueeze(-1) * C.unsqueeze(-2)
+    dA = dA_T.mT.to(dtype)
+    for k in reversed(range(len(powers))):
+        w, power = 2**k, powers[k]
+        dP, later_P, early_P = dP[:, w:], dP[:, :w], P[:, T - w :]
+        dQ, early_Q, later_Q = dQ[:, :w], Q[:, :w], dQ[:, w:]
+        squared = torch.bmm(dA, power.mT) if dpowers is None else torch.baddbmm(dpowers[k], dA, power.mT)
+        dA = torch.baddbmm(squared, power.mT, dA)
+        dA = torch.baddbmm(torch.baddbmm(dA, later_P.mT, early_P), early_Q.mT, later_Q)
+        dP = torch.baddbmm(dP, later_P, power)
+        dQ = torch.baddbmm(dQ, later_Q, power.mT)
+    dB, dQ = dP[:, 0], dQ[:, 0]
+    dA = dA + C.unsqueeze(-1) * dQ.unsqueeze(-2)
+    dC = dC + torch.bmm(A.to(dtype), dQ.unsqueeze(-1)).squeeze(-1)
+    return dA.to(A.dtype), dB.to(B.dtype), dC.to(A.dtype), None, None
+
+
+_dense_operators.register_autograd(_dense_gradient, setup_context=_keep_dense)
 
 
 def run_varying(system: DiagonalSystem | DPLRSystem, u: Tensor, x: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:

@@ -120,7 +120,8 @@ def run(system: DiagonalSystem | DPLRSystem, u: Tensor, x: Tensor, D: Tensor | N
         K, P, Q, carry = dense_operators(system, shape.T)
         if D is not None:
             K = K + torch.nn.functional.pad(D.float().unsqueeze(-1), (0, shape.T - 1, 0, K.shape[0] - D.shape[0]))
-        y, after, _ = walk(u, x, K, P, Q, carry, chunk.carry_over(system, shape.rest).re, _trains(u, x, K, P, Q))
+        carry_rest = chunk.carry_over(system, shape.rest).re if shape.rest else carry.detach()
+        y, after, _ = walk(u, x, K, P, Q, carry, carry_rest, _trains(u, x, K, P, Q))
         return y, after
     D = None if D is None else D.float()
     log_A_bar, B, C = (

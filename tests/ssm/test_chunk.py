@@ -357,6 +357,28 @@ def test_scan_has_first_and_second_derivatives(form, num_chunks, monkeypatch):
     assert gradgradcheck(scan, inputs)
 
 
+@pytest.mark.parametrize("T", [1, 2, 4, 8])
+def test_dense_operators_are_powers_and_have_first_and_second_derivatives(T):
+    A = 0.5 * torch.randn(2, 3, 3, dtype=torch.float64)
+    B, C = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    K, P, Q, A_T, _ = chunk._dense_operators(A, B, C, T, True)
+    for j in range(T):
+        power = torch.linalg.matrix_power(A, j)
+        torch.testing.assert_close(P[:, T - 1 - j], (power @ B.unsqueeze(-1))[..., 0])
+        torch.testing.assert_close(Q[:, j], (C.unsqueeze(-2) @ A @ power)[:, 0])
+        torch.testing.assert_close(K[:, j], (C.unsqueeze(-2) @ power @ B.unsqueeze(-1))[:, 0, 0])
+    torch.testing.assert_close(A_T, torch.linalg.matrix_power(A, T).mT)
+    inputs = [v.requires_grad_() for v in (A, B, C)]
+
+    def operators(A, B, C):
+        return chunk._dense_operators(A, B, C, T, True)[:4]
+
+    assert gradcheck(operators, inputs)
+    assert gradgradcheck(operators, inputs)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(chunk._dense_operators, (*inputs, T, True), test_utils=tests)
+
+
 def gradients(name: str, values: dict, discretization: str, u: Tensor, state: Tensor, weights: tuple, **options):
     """The gradients of a random sum over y and the final state, by letter."""
     leaves = differentiable({**values, "u": u, "state": state, **options})
