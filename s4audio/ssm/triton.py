@@ -74,15 +74,21 @@ class Cut(NamedTuple):
 def cut(u: Tensor) -> Cut:
     """The cut for an input (B, H, L).
 
-    Segments are as long as still gives FILL programs: they cost a second reading. And not shorter than half the square root
-    of the chunks, since they are chained one by one.
+    Segments are as long as still gives FILL programs: they cost a second reading. And for 16 sequences or more not shorter
+    than half the square root of the chunks, since they are chained one by one; fewer sequences are chained in groups.
     """
     batch, channels, length = u.shape
     T = min(PRECISION[u.dtype].T, max(16, triton.next_power_of_2(length)))
     num_chunks, rest = divmod(length, T)
-    span = max(1, batch * num_chunks * channels // (LANES * FILL), math.isqrt(num_chunks) // 2)
+    shortest = math.isqrt(num_chunks * _rows_of_sequences(batch) // (4 * LANES))
+    span = max(1, batch * num_chunks * channels // (LANES * FILL), shortest)
     span = min(span, max(1, num_chunks))
     return Cut(T, num_chunks, rest, span, max(1, triton.cdiv(num_chunks, span)))
+
+
+def _rows_of_sequences(batch: int) -> int:
+    """Rows of a program that chains segments, if it has no more sequences than these."""
+    return min(LANES, triton.next_power_of_2(batch))
 
 
 def refusal(system: DiagonalSystem | DPLRSystem, u: Tensor) -> str | None:
@@ -633,7 +639,7 @@ def _walk_one_way(
         starts = x
         if shape.num_segments > 1:
             sums = x.new_empty(channels, batch * shape.num_segments, S)
-            _sums[tiles](
+            _sums[(triton.cdiv(batch * (shape.num_segments - 1), LANES), channels)](
                 u, sums, P, carry, u.stride(0), u.stride(1), batch, shape.num_segments, shape.span, shape.num_chunks, first,
                 S, 1, BACK=False, **common,
             )  # fmt: skip
@@ -695,9 +701,10 @@ def _chain(sums: Tensor, x: Tensor, carry: Tensor, shape: Cut, batch: int, back:
         if back:
             over_span, over_last = over_span.mT.contiguous(), over_last.mT.contiguous()
     N = max(16, triton.next_power_of_2(S // 2))
-    _starts[(triton.cdiv(batch, LANES), channels)](
+    groups = 1 if dense else LANES // _rows_of_sequences(batch)
+    _starts[(triton.cdiv(batch * groups, LANES), channels)](
         sums, x, starts, over_span, over_last, batch, shape.num_segments, shape.span, shape.last_span, S // 2,
-        BACK=back, R=LANES, N=N, DENSE=dense,
+        BACK=back, R=LANES, N=N, DENSE=dense, GROUPS=groups,
     )  # fmt: skip
     return starts
 
@@ -752,7 +759,7 @@ def _walk_back_one_way(
         ends, first = dlast, length - T if reverse else 0
         if shape.num_segments > 1:
             sums = dlast.new_empty(channels, batch * shape.num_segments, S)
-            _sums[(triton.cdiv(batch * shape.num_segments, LANES), channels)](
+            _sums[(triton.cdiv(batch * (shape.num_segments - 1), LANES), channels)](
                 dy, sums, Q, carry, dy.stride(0), dy.stride(1), batch, shape.num_segments, shape.span, shape.num_chunks,
                 first, 1, T, BACK=True, **common,
             )  # fmt: skip
@@ -886,12 +893,15 @@ def _sums(
     v, sums, operator, carry, v_b, v_h, batch, num_segments, span, num_chunks, first, o_t, o_n, modes, BACK: tl.constexpr,
     R: tl.constexpr, T: tl.constexpr, N: tl.constexpr, DENSE: tl.constexpr, PRODUCT: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """What each segment adds to the state: from u by P, or backwards in time from dy by Q transposed. One reading of v."""
+    """What each segment but the last adds to the state: from u by P, or backwards in time from dy by Q transposed."""
     h = tl.program_id(1).to(tl.int64)
     lane = tl.program_id(0) * R + tl.arange(0, R)
     t, n = tl.arange(0, T), tl.arange(0, N)
-    b, segment = (lane // num_segments).to(tl.int64), lane % num_segments
-    is_lane, is_mode = lane < batch * num_segments, (n < modes)[None, :] & (t < T)[:, None]
+    others = num_segments - 1
+    b, segment = (lane // others).to(tl.int64), lane % others
+    if BACK:
+        segment += 1
+    is_lane, is_mode = lane < batch * others, (n < modes)[None, :] & (t < T)[:, None]
     place = _places(t, T, REVERSE)[:, None]
     o_re, o_im = _halves(operator + h * T * 2 * modes, place, n[None, :], o_t, o_n, modes * o_n, is_mode)
     o_re, o_im = _factor(o_re, PRODUCT), _factor(o_im, PRODUCT)
@@ -909,7 +919,7 @@ def _sums(
         new_re, new_im = _advance(re, im, A, DENSE)
         re = tl.where(is_chunk[:, None], _dot(V, o_re, new_re, PRODUCT), re)
         im = tl.where(is_chunk[:, None], _dot(V, o_im, new_im, PRODUCT), im)
-    at = sums + (h * batch * num_segments + lane)[:, None] * 2 * modes + n[None, :]
+    at = sums + ((h * batch + b) * num_segments + segment)[:, None] * 2 * modes + n[None, :]
     mask = is_lane[:, None] & (n < modes)[None, :]
     tl.store(at, re, mask=mask)
     tl.store(at + modes, im, mask=mask)
@@ -918,11 +928,17 @@ def _sums(
 @triton.jit(do_not_specialize=COUNTS)
 def _starts(
     sums, x, starts, over_span, over_last, batch, num_segments, span, last_span, modes,
-    BACK: tl.constexpr, R: tl.constexpr, N: tl.constexpr, DENSE: tl.constexpr,
+    BACK: tl.constexpr, R: tl.constexpr, N: tl.constexpr, DENSE: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Chains the segments; R sequences a program. Limited by the latency of num_segments steps, whose loads do not wait."""
-    h = tl.program_id(1).to(tl.int64)
-    b, n = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64), tl.arange(0, N)
+    """Chains the segments. Limited by the latency of its steps: num_segments, or 2 num_segments / GROUPS in a row.
+
+    A row of a program is a sequence, or a group of its segments. Groups are walked twice side by side: from zero, to learn
+    what each adds, and from their true starts.
+    """
+    h, row, n = tl.program_id(1).to(tl.int64), tl.arange(0, R), tl.arange(0, N)
+    b = (tl.program_id(0) * (R // GROUPS) + row // GROUPS).to(tl.int64)
+    size = tl.cdiv(num_segments, GROUPS)
+    first = (row % GROUPS) * size
     mask = (b < batch)[:, None] & (n < modes)[None, :]
     re, im = _halves(x, (h * batch + b)[:, None], n[None, :], 2 * modes, 1, modes, mask)
     if DENSE:
@@ -931,26 +947,57 @@ def _starts(
     else:
         A = _diagonal_power(over_span, span, h, n, modes, BACK, N)
         A_last = _diagonal_power(over_last, last_span, h, n, modes, BACK, N)
-    first = (h * batch + b)[:, None] * num_segments
-    for step in range(num_segments):
-        segment = num_segments - 1 - step if BACK else step
-        at = (first + segment) * 2 * modes + n[None, :]
-        tl.store(starts + at, re, mask=mask)
-        tl.store(starts + at + modes, im, mask=mask)
-        z_re, z_im = tl.load(sums + at, mask=mask, other=0), tl.load(sums + at + modes, mask=mask, other=0)
-        if BACK and not DENSE:
-            is_last = segment == num_segments - 1
-            now = (tl.where(is_last, A_last[0], A[0]), tl.where(is_last, A_last[1], A[1]), A[2], A[3])
-            re, im = _advance(re, im, now, DENSE)
-        elif BACK:
-            is_last = segment == num_segments - 1
-            far_re, far_im = _advance(re, im, A_last, DENSE)
-            re, im = _advance(re, im, A, DENSE)
-            re, im = tl.where(is_last, far_re, re), tl.where(is_last, far_im, im)
-        else:
-            re, im = _advance(re, im, A, DENSE)
-        re += z_re
-        im += z_im
+    at = (h * batch + b)[:, None] * num_segments * 2 * modes + n[None, :]
+    if GROUPS > 1:
+        add_re, add_im = tl.zeros((R, N), tl.float32), tl.zeros((R, N), tl.float32)
+        for step in range(size):
+            add_re, add_im = _next_start(
+                add_re, add_im, sums + at, A, A_last, first + step, num_segments, modes, mask, BACK, DENSE
+            )
+        over_group = _diagonal_power(over_span, span * size, h, n, modes, BACK, N)
+        over_first = over_group  # backwards, the first group begins with the last segment, which may be shorter
+        if BACK:
+            over_first = _diagonal_power(over_span, last_span + span * (size - 1), h, n, modes, BACK, N)
+        for group in range(GROUPS - 1):
+            gone = (row // GROUPS * GROUPS + group)[:, None]
+            far_re, far_im = _advance(re, im, over_first, DENSE)
+            new_re, new_im = _advance(re, im, over_group, DENSE)
+            if group == 0:
+                new_re, new_im = far_re, far_im
+            here = row[:, None] > gone
+            picked = gone == row[None, :]
+            re = tl.where(here, new_re + _pick(add_re, picked, R, N), re)
+            im = tl.where(here, new_im + _pick(add_im, picked, R, N), im)
+    for step in range(size):
+        segment = num_segments - 1 - first - step if BACK else first + step
+        here = mask & (first + step < num_segments)[:, None]
+        tl.store(starts + at + segment[:, None] * 2 * modes, re, mask=here)
+        tl.store(starts + at + segment[:, None] * 2 * modes + modes, im, mask=here)
+        re, im = _next_start(re, im, sums + at, A, A_last, first + step, num_segments, modes, mask, BACK, DENSE)
+
+
+@triton.jit
+def _pick(rows, picked, R: tl.constexpr, N: tl.constexpr):
+    """In each row the one of (R, N) that `picked` (R, R) is true of."""
+    return tl.sum(tl.where(picked[:, :, None], rows[None, :, :], 0), 1)
+
+
+@triton.jit
+def _next_start(
+    re, im, sums, A, A_last, step, num_segments, modes, mask, BACK: tl.constexpr, DENSE: tl.constexpr
+):  # fmt: skip
+    """The states after one more segment, number `step` in the order of the walk; nobody asks for those after the last."""
+    segment = step
+    if BACK:
+        segment = num_segments - 1 - step
+    here = mask & (step < num_segments - 1)[:, None]
+    z_re = tl.load(sums + segment[:, None] * 2 * modes, mask=here, other=0)
+    z_im = tl.load(sums + segment[:, None] * 2 * modes + modes, mask=here, other=0)
+    new_re, new_im = _advance(re, im, A, DENSE)
+    if BACK:
+        far_re, far_im = _advance(re, im, A_last, DENSE)
+        new_re, new_im = tl.where((step == 0)[:, None], far_re, new_re), tl.where((step == 0)[:, None], far_im, new_im)
+    return new_re + z_re, new_im + z_im
 
 
 @triton.jit

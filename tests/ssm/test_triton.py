@@ -140,6 +140,14 @@ def test_any_cut_into_segments(monkeypatch, kind, init, span):
     compare(kind, init, (2, 2, 32 * 7 + 5), 8, torch.float32)
 
 
+@pytest.mark.parametrize("chunks, last", [(34, 2), (48, 1), (65, 3)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_groups_of_segments(monkeypatch, batch, chunks, last):
+    """Segments of 1 to 3 chunks, in 16 groups or 4, some of which may be empty; the last segment is shorter, or not."""
+    monkeypatch.setattr(fused, "cut", lambda u: fused.Cut(16, chunks, 3, last, -(-chunks // last)))
+    compare("diagonal", "lin", (batch, 1, 16 * chunks + 3), 8, torch.float32)
+
+
 @pytest.mark.parametrize(
     "shape", [(64, 512, 1024), (8, 64, 131072), (1, 64, 2**20), (1, 2, 90000), (128, 512, 16), (3, 1, 1)]
 )
