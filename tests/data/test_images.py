@@ -1,0 +1,152 @@
+"""Images as sequences: three forms of the same images, shares of them, and what is refused."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from s4audio.data import ImageError, ImageSequences, read_images
+from s4audio.data.images import crop_flip, share
+
+SIZE, CLASSES = 8, ("airplane", "bird")
+
+
+def picture(label: int, index: int) -> np.ndarray:
+    """Its first channel says the class, and its first pixel which image it is."""
+    pixels = np.full((SIZE, SIZE, 3), (200 * label, 50, 100), dtype=np.uint8)
+    pixels[0, 0] = index
+    return pixels
+
+
+def encoded(pixels: np.ndarray, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind, quality=100)
+    return buffer.getvalue()
+
+
+def make_container(file: Path, labels: list[int], **changes) -> None:
+    files = [encoded(picture(label, index), "JPEG") for index, label in enumerate(labels)]
+    offsets = np.cumsum([0, *map(len, files)]).astype(np.uint32)
+    content = {"jpeg": np.frombuffer(b"".join(files), np.uint8), "offsets": offsets, "labels": np.array(labels, np.uint8)}
+    np.savez(file, **{**content, **changes})
+
+
+def make_folder(folder: Path, number: int) -> None:
+    for label, name in enumerate(CLASSES):
+        (folder / name).mkdir(parents=True)
+        for index in range(number):
+            (folder / name / f"{index}.png").write_bytes(encoded(picture(label, index), "PNG"))
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    make_folder(tmp_path / "train", 20)
+    make_folder(tmp_path / "test", 3)
+    return tmp_path
+
+
+def test_a_folder_of_images_becomes_sequences_of_pixels(root):
+    images = read_images(root, "test", SIZE)
+    assert images.classes == CLASSES and images.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert images.pixels.shape == (6, 3, SIZE * SIZE)
+    assert images.pixels[:, 0, 0].tolist() == [0, 1, 2] * 2 and images.pixels[4, :, 9].tolist() == [200, 50, 100]
+
+
+def test_a_container_holds_the_same_images(tmp_path):
+    make_container(tmp_path / "train.npz", [0, 1, 1])
+    images = read_images(tmp_path, "train", SIZE)
+    assert images.labels.tolist() == [0, 1, 1] and len(images.classes) == 10
+    assert (images.pixels[:, 0, -1].int() - torch.tensor([0, 200, 200])).abs().max() <= 3  # a JPEG
+    assert not images.pixels.is_inference() and images.pixels.dtype == torch.uint8
+
+
+def test_batches_are_the_same_every_time_and_no_image_is_in_two_sets(root):
+    def labels_and_pixels(data: ImageSequences) -> list[tuple[list[int], torch.Tensor]]:
+        data.setup()
+        return [(label.tolist(), u) for u, label in data.train_dataloader()]
+
+    first, second = (labels_and_pixels(ImageSequences(str(root), SIZE, valid_images=8, batch_size=8)) for _ in range(2))
+    assert len(first) == 4 and all(a == b and torch.equal(u, v) for (a, u), (b, v) in zip(first, second, strict=True))
+    data = ImageSequences(str(root), SIZE, valid_images=8, batch_size=5)
+    data.setup()
+    known = {name: {tuple(pixels.flatten().tolist()) for pixels in images.pixels} for name, images in data.sets.items()}
+    assert not known["train"] & known["valid"] and len(known["train"]) + len(known["valid"]) == 40
+    assert [len(label) for _, label in data.val_dataloader()] == [5, 3] and len(data.val_dataloader()) == 2
+    u, _ = next(iter(data.train_dataloader()))
+    assert u.shape == (5, 3, SIZE * SIZE) and u.min() >= 0 and u.max() <= 1
+
+
+def test_grey_images_have_one_channel_and_known_moments(root):
+    data = ImageSequences(str(root), SIZE, grey=True, valid_images=1)
+    data.setup()
+    u = data.sequence(data.sets["test"].pixels)
+    assert u.shape == (6, 1, SIZE * SIZE) and u[5, 0, -1].item() == pytest.approx((0.299 * 200 + 0.587 * 50 + 11.4) / 255)
+    mean, std = data.moments()
+    everything = data.sequence(data.sets["train"].pixels)
+    torch.testing.assert_close((mean[0], std[0]), (everything.mean(), everything.std()))
+
+
+def test_a_share_of_the_images_or_of_each_class():
+    labels = np.array([0] * 30 + [1] * 10)
+    assert share(labels, 0.5, False).tolist() == list(range(20))
+    assert labels[share(labels, 0.5, True)].tolist() == [0] * 15 + [1] * 5
+    assert len(share(labels, 1.0, True)) == 40
+
+
+def test_crops_and_mirrors_move_whole_pixels():
+    image = torch.arange(3 * SIZE * SIZE, dtype=torch.uint8).view(1, 3, -1).repeat(3, 1, 1)
+    shift = torch.tensor([[4, 4, 6], [4, 4, 3]])
+    same, mirrored, moved = crop_flip(image, SIZE, torch.tensor([False, True, False]), shift).unflatten(-1, (SIZE, SIZE))
+    square = image[0].unflatten(-1, (SIZE, SIZE))
+    assert torch.equal(same, square) and torch.equal(mirrored, square.flip(-1))
+    assert torch.equal(moved[:, :-2, 1:], square[:, 2:, :-1]) and not moved[:, -2:].any() and not moved[..., 0].any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fraction": 0}, "fraction is 0; wanted above 0"),
+        ({"fraction": 1.5}, "fraction is 1.5"),
+        ({"batch_size": 0}, "batch_size 0"),
+        ({"augment": "rotate"}, "augment is 'rotate'; choose none or crop_flip"),
+    ],
+)
+def test_wrong_arguments_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        ImageSequences("nowhere", **options)
+
+
+def test_what_cannot_be_read_is_refused_with_a_sentence(tmp_path, root):
+    def refused(match: str, where: Path = tmp_path / "bad", split: str = "train", size: int = SIZE, **options) -> None:
+        with pytest.raises(ImageError, match=match):
+            read_images(where, split, size, **options)
+
+    refused("does not exist; give a folder")
+    (tmp_path / "bad").mkdir()
+    refused("has no train.npz, no folder train and no cifar-10-batches-py")
+    refused("images in .* are 8 x 8 pixels; wanted 32 x 32", root, size=32)
+    file = tmp_path / "bad" / "train.npz"
+    file.write_bytes(b"not a container")
+    refused("train.npz is damaged or no container")
+    make_container(file, [0, 1, 77])
+    refused("image 2 of the train images in .* has the label 77; there are 10 classes, 0 to 9")
+    make_container(file, [0, 1], offsets=np.array([0, 10], np.uint32))
+    refused("is truncated: 2 labels, 2 offsets")
+    make_container(file, [0, 1], offsets=np.array([0, 10, 10**6], np.uint32))
+    refused("is truncated: .* up to 1000000")
+    make_container(file, [0, 1], offsets=np.array([0, 10, 20], np.uint32))
+    refused("image 0 of .* cannot be read")
+    file.write_bytes(file.read_bytes()[:300])
+    refused("damaged or no container")
+    (root / "train" / "bird" / "odd.png").write_bytes(encoded(np.zeros((4, 6, 3), np.uint8), "PNG"))
+    refused("is 6 x 4 pixels and the first 8 x 8; make them one size", root)
+
+
+def test_holding_out_everything_or_keeping_nothing_is_refused(root):
+    with pytest.raises(ImageError, match="has 40 training images and valid_images holds out 40"):
+        ImageSequences(str(root), SIZE, valid_images=40).setup()
+    with pytest.raises(ImageError, match=r"fraction 0\.001 of 38 training images is none"):
+        ImageSequences(str(root), SIZE, valid_images=2, fraction=0.001).setup()
