@@ -9,7 +9,9 @@ from s4audio.tasks import GenerativeTask
 from s4audio.tasks.graph import LossGraph
 
 
-def train(model: torch.nn.Module, clips: torch.Tensor, steps: int, **options) -> tuple[GenerativeTask, list[float]]:
+def train(
+    model: torch.nn.Module, clips: torch.Tensor, steps: int, accelerator: str = "cuda", **options
+) -> tuple[GenerativeTask, list[float]]:
     torch.manual_seed(0)
     losses = []
 
@@ -22,7 +24,7 @@ def train(model: torch.nn.Module, clips: torch.Tensor, steps: int, **options) ->
     trainer = lightning.Trainer(
         max_steps=steps, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[Watch()], gradient_clip_val=1.0, accumulate_grad_batches=accumulated,
-        accelerator="cuda" if torch.cuda.is_available() else "cpu", devices=1,
+        accelerator=accelerator, devices=1,
     )  # fmt: skip
     trainer.fit(task, torch.utils.data.DataLoader(clips, 4))
     return task, losses
@@ -38,8 +40,8 @@ def models() -> list[torch.nn.Module]:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_on_the_cpu_the_options_change_nothing():
     clips = torch.randn(8, 1, 512)
-    task, plain = train(models()[0], clips, 2, cuda_graph=False)
-    again, graphed = train(models()[0], clips, 2)
+    task, plain = train(models()[0], clips, 2, "cpu", cuda_graph=False)
+    again, graphed = train(models()[0], clips, 2, "cpu")
     assert task.graph is None and again.graph is None and plain == graphed
 
 
