@@ -1,13 +1,13 @@
 """Trains several runs at once, spread over the GPUs there are, or on the CPU: the seeds of a table in the time of one.
 
-    python evaluation/side_by_side.py --train FOLDER --valid FOLDER --out RUNS --minutes 9 \\
-        vae_classical:100 vae_classical:0 vae_classical:1 vae_classical:2 \\
-        autoencoder_classical:0 autoencoder_classical:1 autoencoder_classical:2 \\
-        classical_3k:0@cpu classical_3k:1@cpu classical_3k:2@cpu
+    python evaluation/side_by_side.py --out RUNS --minutes 9 vae_classical:100 vae_classical:0 classical_3k:0@cpu \\
+        -- --train FOLDER --valid FOLDER
+    python evaluation/side_by_side.py --out RUNS scifar_study_1:0 scifar_study_1,discretization=bilinear:0 -- --root FOLDER
 
-Each run is a recipe and its seed, and goes to RUNS/RECIPE_SEED. After --minutes all are stopped as by Ctrl-C, and the same
-command goes on where they were: for machines that are lent by the quarter of an hour. What a run prints is in its log
-beside it. Exit status 1 if a run failed.
+Each run is a recipe, what is changed in it (an argument of the model, or a whole path such as data.init_args.fraction), and
+its seed; it goes to RUNS/RECIPE,CHANGES_SEED. What follows -- is given to each `s4audio fit`. After --minutes all are
+stopped as by Ctrl-C, and the same command goes on where they were: for machines that are lent by the quarter of an hour.
+What a run prints is in its log beside it. Exit status 1 if a run failed.
 """
 
 import argparse
@@ -23,13 +23,33 @@ import torch
 ROOT = Path(__file__).parents[1]
 
 
+def split(job: str) -> tuple[str, dict[str, str], str, str]:
+    """Recipe, changes, seed and device of RECIPE[,KEY=VALUE...]:SEED[@cpu].
+
+    Raises:
+        ValueError: it is not of that form, or there is no such recipe.
+    """
+    run, _, device = job.partition("@")
+    what, colon, seed = run.rpartition(":")
+    recipe, *changes = what.split(",")
+    if (
+        not (ROOT / "recipes" / f"{recipe}.yaml").exists()
+        or not colon
+        or not seed.isdigit()
+        or not all("=" in c for c in changes)
+    ):
+        raise ValueError(f"{job!r} is no run; wanted RECIPE:SEED or RECIPE,KEY=VALUE:SEED of a recipe in recipes/.")
+    return recipe, dict(change.split("=", 1) for change in changes), seed, device
+
+
 def start(job: str, index: int, args: argparse.Namespace) -> tuple[str, subprocess.Popen[bytes]]:
     """The run's name, and `s4audio fit` on it in a process of its own."""
-    run, _, device = job.partition("@")
-    recipe, _, seed = run.partition(":")
-    name = f"{recipe}_{seed}"
+    recipe, changes, seed, device = split(job)
+    name = f"{job.partition('@')[0].rpartition(':')[0]}_{seed}"
     command = [sys.executable, "-m", "s4audio", "fit", "--config", f"recipes/{recipe}.yaml", "--out", f"{args.out}/{name}"]
-    command += ["--seed_everything", seed, "--train", args.train, "--valid", args.valid]
+    command += ["--seed_everything", seed, *args.options]
+    for key, value in changes.items():
+        command += [f"--{key}" if "." in key else f"--model.init_args.model.init_args.{key}", value]
     if args.steps:
         command += ["--steps", str(args.steps)]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -50,17 +70,19 @@ def last_lines(log: Path, number: int) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("jobs", nargs="+", metavar="RECIPE:SEED[@cpu]")
-    parser.add_argument("--train", required=True, help="folder of recordings to train on")
-    parser.add_argument("--valid", required=True, help="folder of recordings to score on")
+    parser.add_argument("jobs", nargs="+", metavar="RECIPE[,KEY=VALUE...]:SEED[@cpu]")
     parser.add_argument("--out", required=True, help="folder of the runs")
     parser.add_argument("--minutes", type=float, help="stop after this long; the same command goes on")
     parser.add_argument("--steps", type=int, help="length of every run, in place of the recipe's")
-    args = parser.parse_args()
+    given = sys.argv[1:]
+    end = given.index("--") if "--" in given else len(given)
+    args = parser.parse_args(given[:end])
+    args.options = given[end + 1 :]
     for job in args.jobs:
-        recipe, colon, seed = job.partition("@")[0].partition(":")
-        if not (ROOT / "recipes" / f"{recipe}.yaml").exists() or not colon or not seed.isdigit():
-            parser.error(f"{job!r} is no run; wanted RECIPE:SEED, such as vae_classical:0, of a recipe in recipes/.")
+        try:
+            split(job)
+        except ValueError as error:
+            parser.error(str(error))
     Path(args.out).mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     on_gpu = [job for job in args.jobs if not job.endswith("@cpu")]

@@ -17,10 +17,10 @@ from torch import nn
 
 from s4audio.files import replacing
 from s4audio.metrics.embeddings import EncoderWindows
-from s4audio.models import CausalAutoencoder, ConvVAE, S4DAutoencoder, S4Model
+from s4audio.models import CausalAutoencoder, ConvVAE, PatchS4Model, S4DAutoencoder, S4Model
 
 MODELS: dict[str, type[nn.Module]] = {
-    model.__name__: model for model in (CausalAutoencoder, ConvVAE, S4DAutoencoder, S4Model)
+    model.__name__: model for model in (CausalAutoencoder, ConvVAE, PatchS4Model, S4DAutoencoder, S4Model)
 }
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 TRAINING_DATA = ("train_files", "train_seconds", "sample_rate", "normalize", "clip_seconds", "steps")

@@ -6,6 +6,7 @@ embedded as FLAC and pictures as SVG whose colours follow the reader's light or 
 
 import base64
 import functools
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from io import StringIO
@@ -213,12 +214,13 @@ def map_figure(points: Mapping[str, Tensor], shares: tuple[float, float]) -> "Fi
 
 
 @_styled
-def histogram_figure(values: Mapping[str, Tensor], xlabel: str) -> "Figure":
+def histogram_figure(values: Mapping[str, Tensor], xlabel: str, of: str = "clips") -> "Figure":
     """How the values of two sets are spread, as outlines over the same bins.
 
     Args:
         values: name -> (n,).
         xlabel: what they are.
+        of: what has such a value.
     """
     figure = _figure(4.4, 2.6)
     axis = figure.subplots()
@@ -228,8 +230,43 @@ def histogram_figure(values: Mapping[str, Tensor], xlabel: str) -> "Figure":
         weights = torch.full((len(of_set),), 100 / len(of_set)).numpy()
         axis.hist(of_set.numpy(), bins=bins, weights=weights, histtype="step", color=colour, linewidth=1.4, label=name)
     axis.set_xlabel(xlabel)
-    axis.set_ylabel("% of the clips")
+    axis.set_ylabel(f"% of the {of}")
     axis.legend()
+    return figure
+
+
+@_styled
+def bars_figure(values: Mapping[str, float], xlabel: str) -> "Figure":
+    """One bar for each name, with its value."""
+    figure = _figure(4.4, 0.6 + 0.22 * len(values))
+    axis = figure.subplots()
+    bars = axis.barh(list(values), list(values.values()), color=ACCENT, height=0.7)
+    axis.bar_label(bars, fmt="%.3f", padding=3, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.1 * max(*values.values(), 1e-9))
+    axis.set_xlabel(xlabel)
+    return figure
+
+
+@_styled
+def confusion_figure(counts: Tensor, classes: Sequence[str]) -> "Figure":
+    """What each class, a row, is taken for, a column, in % of the class.
+
+    Args:
+        counts: (classes, classes).
+        classes: their names.
+    """
+    percent = (100 * counts / counts.sum(1, keepdim=True).clamp_min(1)).numpy()
+    figure = _figure(4.4, 4.0)
+    axis = figure.subplots()
+    axis.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+    axis.set_xticks(range(len(classes)), classes, rotation=60, ha="right", fontsize=7)
+    axis.set_yticks(range(len(classes)), classes, fontsize=7)
+    for row, column in itertools.product(range(len(classes)), repeat=2):
+        value = percent[row, column]
+        axis.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color="white" if value > 50 else INK)
+    axis.set_xlabel("taken for")
+    axis.set_ylabel("is")
     return figure
 
 

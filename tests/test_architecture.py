@@ -50,6 +50,8 @@ ONLY_IN = {  # who may import these packages
     "torchaudio": {"audio"},
     "argparse": {"cli"},
     "rich": {"tasks", "cli"},
+    "PIL": {"data"},
+    "torchvision": {"data"},
 }
 
 

@@ -11,10 +11,12 @@ from torch import nn
 
 from s4audio import CausalAutoencoder, ConvVAE, S4DAutoencoder, S4Model, checkpoint
 from s4audio.checkpoint import CheckpointError, fingerprint, load, load_embedding, read_config, save
+from s4audio.models import PatchS4Model
 
 MODELS = {
     "CausalAutoencoder": lambda: CausalAutoencoder(8000, strides=(2,), widths=(4, 4), d_state=4),
     "ConvVAE": lambda: ConvVAE(8000, strides=(2,), widths=(4, 4), latent_channels=2, num_blocks=1),
+    "PatchS4Model": lambda: PatchS4Model(3, 10, d_model=4, num_layers=1, patch=4, d_state=4),
     "S4DAutoencoder": lambda: S4DAutoencoder(3000, final_gelu=False),
     "S4Model": lambda: S4Model(3, 10, d_model=4, num_layers=1, layer="S4", d_state=4),
 }
@@ -26,10 +28,10 @@ def test_every_savable_model_is_tested():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_loaded_model_is_the_saved_one(tmp_path, name):
-    model = MODELS[name]()
+    model = MODELS[name]().eval()
     save(model, tmp_path / "run" / "best", training={"steps": 3})
     loaded = load(tmp_path / "run" / "best")
-    audio = torch.randn(1, 3 if name == "S4Model" else 1, 50)
+    audio = torch.randn(1, 3 if name.endswith("S4Model") else 1, 64)
     assert torch.equal(loaded(audio), model(audio)) and not loaded.training
     assert read_config(tmp_path / "run" / "best")["training"] == {"steps": 3}
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from PIL import Image
 
 from s4audio import CausalAutoencoder, load, save
 from s4audio.audio import read_audio
@@ -120,13 +121,42 @@ def test_runs_side_by_side_stop_and_go_on(tmp_path):
     folder.mkdir()
     for number in range(4):
         soundfile.write(folder / f"{number}.wav", 0.3 * np.sin(np.arange(8000) * 0.1 * (number + 1)), 4000)
-    common = ["--train", str(folder), "--valid", str(folder), "--out", str(tmp_path / "runs"), "--steps", "4"]
-    told = run("side_by_side.py", *common, "debug:0", "debug:1@cpu")
-    assert "debug_0: finished" in told and "debug_1: finished" in told
-    weights = [(tmp_path / "runs" / f"debug_{seed}" / "best" / "model.safetensors").read_bytes() for seed in (0, 1)]
+    common, data = ["--out", str(tmp_path / "runs"), "--steps"], ["--", "--train", str(folder), "--valid", str(folder)]
+    told = run("side_by_side.py", *common, "4", "debug:0", "debug,d_state=4:0@cpu", *data)
+    assert "debug_0: finished" in told and "debug,d_state=4_0: finished" in told
+    runs = [tmp_path / "runs" / name for name in ("debug_0", "debug,d_state=4_0")]
+    weights = [(folder / "best" / "model.safetensors").read_bytes() for folder in runs]
     assert weights[0] != weights[1]
-    stopped = run("side_by_side.py", *common[:-1], "100000", "--minutes", "0.2", "debug:2")
+    stopped = run("side_by_side.py", *common, "100000", "--minutes", "0.2", "debug:2", *data)
     assert "debug_2: stopped" in stopped
-    command = [sys.executable, "evaluation/side_by_side.py", *common, "nothing:0"]
+    command = [sys.executable, "evaluation/side_by_side.py", *common, "4", "nothing:0", *data]
     refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 2 and "'nothing:0' is no run; wanted RECIPE:SEED" in refused.stderr
+
+
+def test_classifiers_are_scored_checked_and_drawn(tmp_path):
+    for split, number in (("train", 12), ("test", 5)):
+        for label, colour in enumerate(((200, 30, 30), (30, 30, 200))):
+            (tmp_path / "images" / split / str(label)).mkdir(parents=True)
+            for index in range(number):
+                image = Image.new("RGB", (8, 8), tuple(value + index for value in colour))
+                image.save(tmp_path / "images" / split / str(label) / f"{index}.png")
+    small = "scifar_quick,d_model=4,num_layers=1,d_state=4,num_classes=2,data.init_args.size=8,data.init_args.valid_images=4"
+    job, out = f"{small},data.init_args.batch_size=4,model.init_args.warmup_steps=1:3@cpu", tmp_path / "runs"
+    data = str(tmp_path / "images")
+    told = run("side_by_side.py", "--out", str(out), "--steps", "60", job, "--", "--root", data)
+    assert "finished" in told and "test: " in told
+    scored = run(
+        "scifar.py", "--runs", str(out), "--data", data, "--json", str(tmp_path / "scifar.json"), "--pictures", str(tmp_path)
+    )
+    result = json.loads((tmp_path / "scifar.json").read_text())
+    (row,) = result["rows"]
+    assert "test 100.00% ± 0.00%" in scored and (row["seed"], row["test_accuracy"]) == (3, 1.0)
+    assert row["epochs"] == 12.0 and row["ms_an_image_alone"] > 0 and result["recipes"][0]["seeds"] == 1
+    pictures = {path.stem for path in tmp_path.glob("*.png")}
+    assert pictures == {f"scifar_{name}" for name in ("loss", "accuracy", "classes", "recipes", "steps", "poles")}
+    checked = run("scifar_check.py", str(next(out.glob("*/best"))), data)
+    assert checked.splitlines()[-1] == "accuracy 100.00 % ± 0.00"
+    command = [sys.executable, "evaluation/scifar_check.py", str(next(out.glob("*/best"))), str(tmp_path / "nowhere")]
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 2 and "does not exist; give a folder" in refused.stderr

@@ -8,7 +8,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.core import LightningDataModule, LightningModule
 
 import s4audio.data
-import s4audio.tasks  # noqa: F401
+import s4audio.tasks
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 
@@ -20,7 +20,10 @@ def test_recipe_builds(path):
     parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
     recipe = yaml.safe_load(path.read_text())
     built = parser.instantiate(parser.parse_object({key: recipe[key] for key in ("model", "data")}))
-    assert built["model"].model.sample_rate == built["data"].sample_rate
+    if isinstance(built["model"], s4audio.tasks.ClassificationTask):
+        assert built["model"].model.d_input == built["data"].channels
+    else:
+        assert built["model"].model.sample_rate == built["data"].sample_rate
     assert recipe["seed_everything"] is not None and recipe["trainer"]["max_steps"] > 0
 
 

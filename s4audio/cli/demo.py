@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from s4audio import checkpoint
 from s4audio.audio import band_limit, find_audio, normalize, read_audio, write_audio
 from s4audio.cli.arguments import Parser, shipped
-from s4audio.cli.fit import fit, memory_section, next_commands, training_section
+from s4audio.cli.fit import fit
 from s4audio.cli.info import describe, describe_training, print_table
 from s4audio.cli.reconstruct import reconstruct
+from s4audio.cli.run_page import memory_section, next_commands, training_section
 from s4audio.losses import multi_resolution_stft
 from s4audio.metrics.signal import log_spectral_distance, si_sdr
 from s4audio.models import stream_blocks

@@ -13,39 +13,37 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 
 from s4audio import checkpoint
 from s4audio.cli.arguments import shipped
-from s4audio.cli.info import describe, describe_training, memories
+from s4audio.cli.run_page import PAGE
 from s4audio.files import replacing
-from s4audio.report import Clip, Section, curves_figure, poles_figure, write_page
 
-SHORT = {"--train": "--data.init_args.train", "--valid": "--data.init_args.valid", "--steps": "--trainer.max_steps"}
+SHORT = {
+    "--train": "--data.init_args.train",
+    "--valid": "--data.init_args.valid",
+    "--root": "--data.init_args.root",
+    "--steps": "--trainer.max_steps",
+}
 HELP = """usage: s4audio fit --config RECIPE.yaml [--KEY VALUE ...]
 
 Trains what a recipe says.
 
   --train FOLDER               recordings to train on (WAV, FLAC, OGG, MP3; M4A with ffmpeg), searched in subfolders too
   --valid FOLDER               recordings to score on; without it, some of the others are set aside
+  --root FOLDER                images to train a classifier on, in place of these two
   --out FOLDER                 the run folder; if it holds a run already, that run goes on
   --steps N                    length of the training
   --trainer.accelerator cpu    the CPU, also where there is a GPU
   --save_every N               steps between checkpoints
   --print_config               the whole recipe as it would run, and nothing else
 
-Everything in a recipe can be set by its path, as in --model.init_args.lr 0.001; the first two and --steps are short for
---data.init_args.train, --data.init_args.valid and --trainer.max_steps.
+Everything in a recipe can be set by its path, as in --model.init_args.lr 0.001; the first three and --steps are short for
+--data.init_args.train, .valid and .root, and for --trainer.max_steps.
 
 The run folder gets best and last (models), report.html (a page to see and hear), TensorBoard's files and the recipe.
 Ctrl-C stops; the same command goes on. `s4audio fit --help-all` lists every key that exists."""
 SPEED_KEYS = {"cuda_graph", "compile"}  # of a recipe: they change how fast it trains, not what
-PAGE = "report.html"
-LISTEN = (
-    "First a recording that the model was not trained on (its first ten seconds), then what it makes of it. Listen for the "
-    "attack of the notes, the brightness, and a haze or hiss that was not there."
-)
-CLIP_SECONDS = 10.0
 
 
 def fit(arguments: list[str]) -> None:
@@ -67,15 +65,9 @@ def fit(arguments: list[str]) -> None:
         cli = _recipe_cli(_in_full(arguments))
     except (MisconfigurationException, ImportError) as error:  # ImportError: hardware whose own package is missing
         raise ValueError(f"the trainer refuses the recipe: {error}") from error
-    out, data, resume = Path(cli.config["out"]), cli.training, Path(cli.config["out"]) / TRAINER_CHECKPOINT
-    train_files = _count(data["train_files"], "file")
-    print(
-        f"data: {train_files} ({_duration(data['train_seconds'])}) to train on, {data['valid_files']} "
-        f"({_duration(data['valid_seconds'])}) held out, {len(data['skipped'])} skipped; mono at {data['sample_rate']} Hz"
-    )
-    print(f"held out: {', '.join(Path(name).name for name in cli.datamodule.valid_names[:5])}")
-    for sentence in data["skipped"]:
-        print(f"skipped: {sentence}")
+    out, resume = Path(cli.config["out"]), Path(cli.config["out"]) / TRAINER_CHECKPOINT
+    kind = _kind(cli.model)
+    print(*kind.announce(cli.datamodule), sep="\n")
     recipe = yaml.safe_load(cli.parser.dump(cli.config, skip_validation=True))
     if resume.exists():
         steps = _steps_of(resume)
@@ -84,7 +76,7 @@ def fit(arguments: list[str]) -> None:
         if 0 <= cli.trainer.max_steps <= steps:
             print("It is finished; nothing was changed. A larger --trainer.max_steps extends it.")
             if not (out / PAGE).exists():
-                _write_run_page(out, cli.datamodule)
+                kind.finish(out, cli.datamodule)
             return
     elif out.is_dir() and any(out.iterdir()) and not (out / "recipe.yaml").exists():
         raise ValueError(f"{out} holds files that are no run of s4audio; choose a new folder with --out.")
@@ -97,16 +89,26 @@ def fit(arguments: list[str]) -> None:
         raise ValueError(f"the trainer refuses the recipe: {error}") from error
     except SystemExit:  # what Lightning makes of Ctrl-C, after the run folder has saved
         print(f"\nstopped at step {cli.trainer.global_step} and saved {out / 'last'}; the same command goes on from there.")
-        print(f"listen:   s4audio generate {out / 'last'} --from MY_RECORDING.wav")
+        print(*kind.stopped(out), sep="\n")
         raise SystemExit(130) from None
-    _write_run_page(out, cli.datamodule)
+    closing = kind.finish(out, cli.datamodule)
     best = checkpoint.read_config(out / "best")["training"]
     validated = "valid/loss" in best["scores"]
-    chosen = f"step {best['steps']}, best on the held-out clips" if validated else "not scored on held-out clips"
+    chosen = (
+        f"step {best['steps']}, best on the held-out {kind.ITEMS}" if validated else f"not scored on held-out {kind.ITEMS}"
+    )
     print(f"\nmodel:    {out / 'best'} ({chosen}) and {out / 'last'}")
     print(f"page:     {out / PAGE}, to open in a browser")
     print(f"curves:   tensorboard --logdir {out}")
-    print(f"listen:   s4audio generate {out / 'best'} --from MY_RECORDING.wav")
+    print(*closing, sep="\n")
+
+
+def _kind(task: Any) -> Any:
+    """What is particular to audio or to images: a module with the same functions."""
+    from s4audio.cli import fit_audio, fit_images
+    from s4audio.tasks import ClassificationTask
+
+    return fit_images if isinstance(task, ClassificationTask) else fit_audio
 
 
 @contextmanager
@@ -123,92 +125,6 @@ def _quiet_threads() -> Iterator[None]:
         yield
     finally:
         threading.excepthook = before
-
-
-def _write_run_page(out: Path, data: Any) -> None:
-    lead = "A model of raw audio, and what it makes of recordings that it was not trained on."
-    held_out = dict(zip(data.valid_names, data.valid_clips, strict=True))
-    write_page(out / PAGE, f"The run {out.name}", lead, run_sections(out, held_out))
-
-
-@torch.no_grad()
-def run_sections(out: Path, held_out: dict[str, Tensor]) -> list[Section]:
-    """What a finished run has to show: sounds, figures, curves, poles and what to type next.
-
-    Args:
-        out: the run folder.
-        held_out: name -> recording (1, T) at the model's rate and level.
-    """
-    model: Any = checkpoint.load(out / "best")
-    training, rate = checkpoint.read_config(out / "best")["training"], model.sample_rate
-    clips = []
-    for path, audio in list(held_out.items())[:2]:
-        audio, name = audio[..., : round(CLIP_SECONDS * rate)], Path(path).name
-        clips += [Clip(name, audio, rate), Clip(f"{name} through the model", model(audio.unsqueeze(0))[0], rate)]
-    generator = torch.Generator().manual_seed(0)
-    sample = model.sample(1, round(CLIP_SECONDS / 2 * rate), generator=generator)[0]
-    facts = [("", ""), *describe(model), *describe_training(training)]
-    return [
-        Section("Listen", [LISTEN], clips=clips),
-        Section(
-            "From noise", ["A latent of noise alone, decoded: a model that learned sound frame by frame gives texture."],
-            clips=[Clip("a random latent", sample, rate)],
-        ),
-        Section("The model", table=facts),
-        training_section(out),
-        *([memory_section(model)] if memories(model) else []),
-        Section("What to type next", commands=next_commands(model, out / "best")),
-    ]  # fmt: skip
-
-
-def training_section(out: Path) -> Section:
-    """The losses and scores of a run over its steps."""
-    curves = read_curves(out)
-    losses = {name: curves[tag] for name, tag in (("training", "train/loss"), ("held out", "valid/loss")) if tag in curves}
-    figures = [("Loss: lower is better.", curves_figure(losses, "loss"))] if losses else []
-    if "valid/si_sdr_db" in curves:
-        scores = {"held out": curves["valid/si_sdr_db"]}
-        figures.append(("SI-SDR on the held-out recordings: higher is better.", curves_figure(scores, "dB", log=False)))
-    return Section("How it trained", figures=figures)
-
-
-def memory_section(model: torch.nn.Module) -> Section:
-    """What the layers of a model remember, as a picture."""
-    poles = {memory.name: (memory.frequency, memory.decay) for memory in memories(model)}
-    text = (
-        "Each point is a resonance inside the model: how fast it swings, and how long it rings until 1/e is left. Points "
-        "high up remember long, points to the right hear fine detail."
-    )
-    return Section("What it remembers", [text], figures=[("Poles of each state-space layer.", poles_figure(poles))])
-
-
-def next_commands(model: torch.nn.Module, path: Path) -> list[tuple[str, str]]:
-    """What to do with a model in a folder, and how."""
-    commands = [
-        ("Hear a recording with noise in its latent:", f"s4audio generate {path} --from MY_RECORDING.wav --variation 0.1"),
-        ("Score what it makes of recordings:",
-            f"s4audio generate {path} --from MY_RECORDINGS --out reconstructed\n"
-            "s4audio evaluate reconstructed MY_RECORDINGS --paired --report score"),
-        ("Look inside:", f"s4audio info {path}"),
-        ("Train on recordings of your own:",
-            "s4audio fit --config recipes/demo.yaml --train MY_RECORDINGS --out runs/mine"),
-    ]  # fmt: skip
-    if hasattr(model, "stream"):
-        streamed = f"s4audio reconstruct {path} MY_RECORDING.wav out.wav"
-        commands.insert(0, ("Send a recording of any length through it:", streamed))
-    return commands
-
-
-def read_curves(out: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Steps and values of everything that a run logged, by name."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(out / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    curves = {}
-    for tag in events.Tags()["scalars"]:
-        points = events.Scalars(tag)
-        curves[tag] = [point.step for point in points], [point.value for point in points]
-    return curves
 
 
 def _in_full(arguments: list[str]) -> list[str]:
@@ -282,18 +198,12 @@ def _recipe_cli(arguments: list[str]) -> Any:
             except ValueError as error:
                 raise ValueError(f"the recipe is refused: {_innermost(error)}") from error
             self.datamodule, self.model = self.config_init["data"], self.config_init["model"]
-            data, model = self.datamodule, self.model.model
-            if not hasattr(model, "training_losses"):
-                raise ValueError(f"the model is a {type(model).__name__}, which is no generator; fit trains generators.")
-            if data.sample_rate != model.sample_rate:
-                raise ValueError(
-                    f"the data is at {data.sample_rate} Hz and the model at {model.sample_rate} Hz; make both one value."
-                )
-            if model.channels != 1:
-                raise ValueError(f"the model has {model.channels} channels and the clips of AudioFolder have 1 (mono).")
+            data, model, kind = self.datamodule, self.model.model, _kind(self.model)
+            kind.check(model, data)
             data.setup()
-            self.training = data.describe()
-            ours = [Progress(data.sample_rate), RunFolder(out, self.config["save_every"], self.training)]
+            kind.prepare(model, data)
+            progress = Progress(lambda batch: kind.size(batch, data), kind.UNIT)
+            ours = [progress, RunFolder(out, self.config["save_every"], data.describe())]
             self.trainer = self.instantiate_trainer(
                 logger=TensorBoardLogger(out, name="tensorboard", version=""),
                 callbacks=[*(self.config_init["trainer"]["callbacks"] or []), *ours],
@@ -314,10 +224,6 @@ def _recipe_cli(arguments: list[str]) -> Any:
         )  # fmt: skip
     except jsonargparse.ArgumentError as error:
         raise ValueError(f"the recipe or an option is refused: {_innermost(error)}{_hint(error, arguments)}") from error
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.1f} s"
 
 
 def _steps_of(trainer_checkpoint: Path) -> int:
@@ -378,10 +284,6 @@ def _keys(recipe: Any) -> list[str]:
     if not isinstance(recipe, dict):
         return []
     return [*recipe, *(key for value in recipe.values() for key in _keys(value))]
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _innermost(error: BaseException) -> str:

@@ -88,18 +88,20 @@ def describe(model: nn.Module) -> list[tuple[str, str]]:
 
 def describe_training(training: dict[str, Any]) -> list[tuple[str, str]]:
     """How the model was trained, from its config.json, line by line."""
-    if not {"steps", "train_files", "valid_files"} <= set(training):
+    if "steps" not in training or not {"train_files", "train_images"} & set(training):
         return [("training", "not recorded")]
     minutes, device = training.get("wall_seconds", 0) / 60, training.get("device", "an unknown device")
-    lines = [
-        ("training", f"{training['steps']:,} steps in {minutes:.1f} min on {device}"),
-        ("recordings", f"{training['train_files']} files, {training['train_seconds'] / 60:.1f} min; held out "
-            f"{training['valid_files']} files, {training['valid_seconds'] / 60:.1f} min; level: {training['normalize']}"),
-    ]  # fmt: skip
+    lines = [("training", f"{training['steps']:,} steps in {minutes:.1f} min on {device}")]
+    if "train_images" in training:
+        lines.append(("images", f"{training['train_images']:,}; held out {training['valid_images']:,}"))
+    else:
+        read = f"{training['train_files']} files, {training['train_seconds'] / 60:.1f} min"
+        held = f"{training['valid_files']} files, {training['valid_seconds'] / 60:.1f} min"
+        lines.append(("recordings", f"{read}; held out {held}; level: {training['normalize']}"))
     held_out = {k.removeprefix("valid/"): v for k, v in training.get("scores", {}).items() if k.startswith("valid/")}
     if held_out:
         clip = training.get("clip_seconds")
-        what = f"in clips of {clip:g} s" if clip else "whole files"
+        what = "images" if "train_images" in training else f"in clips of {clip:g} s" if clip else "whole files"
         lines.append(("held out", ", ".join(f"{name} {value:.4g}" for name, value in held_out.items()) + f" ({what})"))
     return lines
 

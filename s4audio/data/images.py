@@ -1,9 +1,9 @@
 """Images as sequences of pixels, row by row, for classifiers: the original CIFAR-10, a folder of images, or a container."""
 
 import io
+import itertools
 import zipfile
-from collections.abc import Callable, Iterator
-from itertools import pairwise
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +45,7 @@ class ImageSequences(lightning.LightningDataModule):
         fraction: share of the training images to use.
         balanced: whether the share is of each class, rather than of all images.
         valid_images: training images that are held out, drawn before `fraction` is taken.
-        batch_size: images in a batch; the last of an epoch may be smaller in validation and is dropped in training.
+        batch_size: images in a batch.
         augment: `none`; or `crop_flip`: shifted by up to 4 pixels and mirrored, at random.
         seed: of the split, the share, the order and the augmentation.
         download: fetch the original CIFAR-10 into `root` if it is not there (needs torchvision and a network).
@@ -123,16 +123,16 @@ class ImageSequences(lightning.LightningDataModule):
         return (u * u.new_tensor(RGB_TO_GREY).unsqueeze(-1)).sum(1, keepdim=True) if self.grey else u
 
     def train_dataloader(self) -> Any:
-        """An epoch in an order drawn from (seed, epoch)."""
-        return _Batches(self._on_device("train"), self.batch_size, self.sequence, self._shuffled)
+        """Whole batches without end, from where the trainer stands; each pass in an order drawn from (seed, pass)."""
+        return _Training(self._on_device("train"), self)
 
     def val_dataloader(self) -> Any:
         """The held-out images."""
-        return _Batches(self._on_device("valid"), self.batch_size, self.sequence)
+        return _Scoring(self._on_device("valid"), self)
 
     def test_dataloader(self) -> Any:
         """The test images."""
-        return _Batches(self._on_device("test"), self.batch_size, self.sequence)
+        return _Scoring(self._on_device("test"), self)
 
     def _on_device(self, name: str) -> Images:
         images = self.sets[name]
@@ -141,50 +141,53 @@ class ImageSequences(lightning.LightningDataModule):
             return images
         return images._replace(pixels=images.pixels.to(device), labels=images.labels.to(device))
 
-    def _shuffled(self, images: Images) -> Iterator[tuple[Tensor, Tensor]]:
-        """Whole batches of one epoch, all of its images drawn at once."""
-        epoch = self.trainer.current_epoch if self.trainer else 0
-        generator = torch.Generator().manual_seed(hash((self.seed, 1, epoch)) % 2**63)
-        order = torch.randperm(len(images.labels), generator=generator)
-        order = order[: max(1, len(order) // self.batch_size) * self.batch_size]
-        flips, shifts = (
-            torch.rand(len(order), generator=generator) < 0.5,
-            torch.randint(9, (2, len(order)), generator=generator),
-        )
-        order, flips, shifts = (v.to(images.labels.device) for v in (order, flips, shifts))
-        for start in range(0, len(order), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            pixels, labels = images.pixels[order[part]], images.labels[order[part]]
-            if self.augment == "crop_flip":
-                pixels = crop_flip(pixels, self.size, flips[part], shifts[:, part])
-            yield pixels, labels
+    def position(self) -> int:
+        """How many batches the trainer has used."""
+        return self.trainer.global_step * self.trainer.accumulate_grad_batches if self.trainer else 0
 
 
-class _Batches:
-    """Batches of images, as Lightning iterates over them."""
+class _Training:
+    """Batches of training images, as Lightning iterates over them."""
 
-    def __init__(
-        self,
-        images: Images,
-        batch_size: int,
-        sequence: Callable[[Tensor], Tensor],
-        shuffled: Callable[[Images], Any] | None = None,
-    ) -> None:
-        self.images, self.batch_size, self.sequence, self.shuffled = images, batch_size, sequence, shuffled
-
-    def __len__(self) -> int:
-        whole, rest = divmod(len(self.images.labels), self.batch_size)
-        return max(1, whole) if self.shuffled else whole + bool(rest)
+    def __init__(self, images: Images, data: ImageSequences) -> None:
+        self.images, self.data = images, data
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        pixels, labels = self.images.pixels, self.images.labels
-        batches = (
-            self.shuffled(self.images)
-            if self.shuffled
-            else zip(pixels.split(self.batch_size), labels.split(self.batch_size), strict=True)
-        )
-        for pixels, labels in batches:
-            yield self.sequence(pixels), labels
+        size, number = self.data.batch_size, len(self.images.labels)
+        each = max(1, number // size)  # batches in a pass; what is left over has its chance in the next
+        drawn = -1
+        for batch in itertools.count(self.data.position()):
+            this, place = divmod(batch, each)
+            if this != drawn:
+                drawn, (order, flips, shifts) = this, self._draw(this)
+            part = slice(place * size, (place + 1) * size)
+            pixels, labels = self.images.pixels[order[part]], self.images.labels[order[part]]
+            if self.data.augment == "crop_flip":
+                pixels = crop_flip(pixels, self.data.size, flips[part], shifts[:, part])
+            yield self.data.sequence(pixels), labels
+
+    def _draw(self, this: int) -> list[Tensor]:
+        """The order of a pass, and how each image is mirrored and moved."""
+        labels = self.images.labels
+        generator = torch.Generator().manual_seed(int(np.random.default_rng([self.data.seed, 1, this]).integers(2**63)))
+        order = torch.randperm(len(labels), generator=generator)
+        flips = torch.rand(len(order), generator=generator) < 0.5
+        shifts = torch.randint(9, (2, len(order)), generator=generator)
+        return [v.to(labels.device) for v in (order, flips, shifts)]
+
+
+class _Scoring:
+    """Batches of images in their order, as Lightning iterates over them."""
+
+    def __init__(self, images: Images, data: ImageSequences) -> None:
+        self.images, self.data = images, data
+
+    def __len__(self) -> int:
+        return -(-len(self.images.labels) // self.data.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        parts = (v.split(self.data.batch_size) for v in (self.images.pixels, self.images.labels))
+        return ((self.data.sequence(pixels), labels) for pixels, labels in zip(*parts, strict=True))
 
 
 def crop_flip(pixels: Tensor, size: int, flip: Tensor, shift: Tensor) -> Tensor:
@@ -272,7 +275,7 @@ def _read_container(file: Path) -> Images:
             f"{len(jpeg)} bytes; wanted one offset more than labels, rising, within the bytes."
         )
     content = memoryview(jpeg)
-    sources = (content[start:end] for start, end in pairwise(offsets))
+    sources = (content[start:end] for start, end in itertools.pairwise(offsets))
     names = CIFAR10 if labels.max() < 10 and labels.min() >= 0 else tuple(map(str, range(10)))
     return Images(_decode(sources, str(file)), torch.from_numpy(labels), names)
 

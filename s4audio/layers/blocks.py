@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from s4audio.layers.s4 import S4D
 from s4audio.ssm import ops
@@ -40,7 +41,7 @@ class ChannelNorm(nn.Module):
         return y.to(u.dtype)
 
 
-POINTWISE = (ChannelNorm, nn.GELU, nn.GLU, nn.Dropout, nn.Identity)
+POINTWISE = (ChannelNorm, nn.GELU, nn.GLU, nn.Dropout, nn.Dropout1d, nn.Identity)
 
 
 class Chain(nn.Sequential):
@@ -122,14 +123,31 @@ class S4Block(Residual):
         ssm: the state-space layer, S4D or S4.
         dropout: probability.
         mix: whether a Linear mixes the channels, followed by a second norm. Reference system 5 does, system 1 does not.
+        spectral: divide the Linear by its spectral norm, in place of the second norm, which would undo it (system 2).
 
-    Source: reference systems 1 and 5; Gu et al. 2022, "Efficiently modeling long sequences with structured state spaces".
+    Source: reference systems 1, 2 and 5; Gu et al. 2022, "Efficiently modeling long sequences with structured state spaces".
     """
 
-    def __init__(self, ssm: S4D, dropout: float = 0.0, mix: bool = True) -> None:
+    def __init__(self, ssm: S4D, dropout: float = 0.0, mix: bool = True, spectral: bool = False) -> None:
         width = ssm.d_model
-        mixing = [nn.Dropout(dropout), nn.Conv1d(width, width, 1), ChannelNorm(width)] if mix else []
-        super().__init__(ChannelNorm(width), ssm, nn.GELU(), *mixing)
+        linear = nn.Conv1d(width, width, 1)
+        last = [spectral_norm(linear)] if spectral else [linear, ChannelNorm(width)]
+        super().__init__(ChannelNorm(width), ssm, nn.GELU(), *([nn.Dropout(dropout), *last] if mix else []))
+
+
+class PostNormBlock(Chain):
+    """S4D -> GELU -> dropout -> Linear -> GLU -> dropout, around a shortcut, and then the norm.
+
+    Dropout takes whole channels of a sequence.
+
+    Source: Gu et al. 2022, "On the parameterization and initialization of diagonal state space models"; the public code's
+    example for sequential CIFAR-10 is made of these.
+    """
+
+    def __init__(self, ssm: S4D, dropout: float = 0.0) -> None:
+        width = ssm.d_model
+        mixing = nn.Conv1d(width, 2 * width, 1), nn.GLU(dim=1)
+        super().__init__(Residual(ssm, nn.GELU(), nn.Dropout1d(dropout), *mixing, nn.Dropout1d(dropout)), ChannelNorm(width))
 
 
 class GatedBlock(Residual):

@@ -28,6 +28,7 @@ class S4D(nn.Module):
         dt_min: smallest step size at initialization; the sizes are log-uniform.
         dt_max: largest step size at initialization.
         bidirectional: adds a second state space that runs backwards in time; then the layer cannot stream.
+        learn_B: False keeps B as it is initialized: of a diagonal system only the product of B and C matters.
         rate: training sample rate / target sample rate, to run trained weights at another rate.
 
     Raises:
@@ -44,6 +45,8 @@ class S4D(nn.Module):
         torch.Size([1, 2, 1000])
     """
 
+    B: Tensor
+
     def __init__(
         self,
         d_model: int,
@@ -56,6 +59,7 @@ class S4D(nn.Module):
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
         bidirectional: bool = False,
+        learn_B: bool = True,
         rate: float = 1.0,
     ) -> None:
         super().__init__()
@@ -73,7 +77,11 @@ class S4D(nn.Module):
         self.A_imag = nn.Parameter(A.imag.float().repeat(d_model, 1))
         self.log_dt = nn.Parameter(torch.rand(d_model) * math.log(dt_max / dt_min) + math.log(dt_min))
         # Complex parameters are stored as (..., 2) real numbers: optimizers, autocast and safetensors want those.
-        self.B = nn.Parameter(torch.view_as_real(B.to(torch.complex64).repeat(d_model, 1)))
+        B = torch.view_as_real(B.to(torch.complex64).repeat(d_model, 1))
+        if learn_B:
+            self.B = nn.Parameter(B)
+        else:
+            self.register_buffer("B", B)
         directions = 2 if bidirectional else 1
         self.C = nn.Parameter(torch.view_as_real(torch.randn(directions * d_model, d_state // 2, dtype=torch.complex64)))
         self.D = nn.Parameter(torch.randn(d_model))
@@ -152,11 +160,12 @@ class S4(S4D):
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
         bidirectional: bool = False,
+        learn_B: bool = True,
         rate: float = 1.0,
     ) -> None:
         super().__init__(
             d_model, d_state, init=init, discretization=discretization, alpha=alpha, gap=gap,
-            dt_min=dt_min, dt_max=dt_max, bidirectional=bidirectional, rate=rate,
+            dt_min=dt_min, dt_max=dt_max, bidirectional=bidirectional, learn_B=learn_B, rate=rate,
         )  # fmt: skip
         P = ssm.initial_system(init, d_state)[2]
         if P is None:

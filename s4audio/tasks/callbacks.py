@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from rich.progress import Progress as Bar
 from torch import Tensor
 
 from s4audio import checkpoint
-from s4audio.tasks.generative import DivergenceError
+from s4audio.tasks.training import DivergenceError
 
 TRAINER_CHECKPOINT = "trainer.ckpt"
 
@@ -30,11 +31,12 @@ class RunFolder(lightning.Callback):
 
     def __init__(self, out: str | Path, every_n_steps: int, training: dict[str, Any]) -> None:
         self.out, self.every_n_steps, self.training = Path(out), every_n_steps, training
-        self.best_loss, self.saved_at, self.seconds = float("inf"), 0, 0.0
+        self.best: float | None = None
+        self.saved_at, self.seconds = 0, 0.0
         self.random_state: Tensor | None = None
         self.cuda_random_state: Tensor | None = None
 
-    def on_train_start(self, trainer: lightning.Trainer, task: lightning.LightningModule) -> None:
+    def on_train_start(self, trainer: lightning.Trainer, task: Any) -> None:
         self.started, self.saved_at = time.monotonic(), trainer.global_step
         if self.random_state is not None:
             torch.set_rng_state(self.random_state)
@@ -43,7 +45,7 @@ class RunFolder(lightning.Callback):
         if trainer.global_step and (self.out / "best").exists():
             # The folder itself knows best: the trainer's checkpoint may be older than the last validation.
             scores = checkpoint.read_config(self.out / "best")["training"].get("scores", {})
-            self.best_loss = scores.get("valid/loss", self.best_loss)
+            self.best = scores.get(task.best_score)
 
     def on_train_batch_end(self, trainer: lightning.Trainer, task: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step  # with accumulated gradients it stands still over several batches
@@ -51,15 +53,18 @@ class RunFolder(lightning.Callback):
             self._save(trainer, task)
 
     def on_validation_end(self, trainer: lightning.Trainer, task: Any) -> None:
-        loss = float(trainer.callback_metrics.get("valid/loss", float("inf")))
-        if not trainer.sanity_checking and loss < self.best_loss:
-            self.best_loss = loss
-            checkpoint.save(task.model, self.out / "best", self._record(trainer))
+        score = float(trainer.callback_metrics.get(task.best_score, float("nan")))
+        better = (
+            score > (self.best or 0) if task.higher_is_better else score < (float("inf") if self.best is None else self.best)
+        )
+        if not trainer.sanity_checking and better:
+            self.best = score
+            checkpoint.save(task.scored_model, self.out / "best", self._record(trainer))
 
     def on_train_end(self, trainer: lightning.Trainer, task: Any) -> None:
         self._save(trainer, task)
-        if self.best_loss == float("inf"):  # never validated
-            checkpoint.save(task.model, self.out / "best", self._record(trainer))
+        if self.best is None:  # never validated
+            checkpoint.save(task.scored_model, self.out / "best", self._record(trainer))
 
     def on_exception(self, trainer: lightning.Trainer, task: Any, exception: BaseException) -> None:
         if isinstance(exception, KeyboardInterrupt):
@@ -80,7 +85,7 @@ class RunFolder(lightning.Callback):
                 "from before. Try a smaller lr or ssm_lr, more warmup_steps, or trainer.gradient_clip_val 1.0."
             )
         self.saved_at = trainer.global_step
-        checkpoint.save(task.model, self.out / "last", self._record(trainer))
+        checkpoint.save(task.scored_model, self.out / "last", self._record(trainer))
         path, temporary = self.out / TRAINER_CHECKPOINT, self.out / f".{TRAINER_CHECKPOINT}"
         try:
             trainer.save_checkpoint(temporary)
@@ -107,22 +112,23 @@ class RunFolder(lightning.Callback):
 
 
 class Progress(lightning.Callback):
-    """Step, loss, seconds of audio trained per second and the time left: a bar on a terminal, else a line now and then.
+    """Step, loss, what is trained on a second and the time left: a bar on a terminal, else a line now and then.
 
     Args:
-        sample_rate: of the clips, in Hz.
+        size: how much a batch is, such as its seconds of audio.
+        unit: of the size, such as "s of audio".
         every_seconds: between lines where there is no terminal.
     """
 
-    def __init__(self, sample_rate: int, every_seconds: float = 10.0) -> None:
-        self.sample_rate, self.every_seconds = sample_rate, every_seconds
+    def __init__(self, size: Callable[[Any], float], unit: str, every_seconds: float = 10.0) -> None:
+        self.size, self.unit, self.every_seconds = size, unit, every_seconds
         self.console = Console()
         self.bar: Bar | None = None
         self.warned = False
 
     def on_train_start(self, trainer: lightning.Trainer, task: lightning.LightningModule) -> None:
         self.started = self.last_line = time.monotonic()
-        self.seconds_of_audio, self.validating, self.first_step = 0.0, 0.0, trainer.global_step
+        self.done, self.validating, self.first_step = 0.0, 0.0, trainer.global_step
         if self.console.is_terminal:
             columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
             self.bar = Bar(*columns, console=self.console)
@@ -130,8 +136,8 @@ class Progress(lightning.Callback):
             self.row = self.bar.add_task("training", total=total, completed=trainer.global_step, text="")
             self.bar.start()
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, task: Any, outputs: Any, batch: Tensor, batch_idx: int) -> None:
-        self.seconds_of_audio += batch.shape[0] * batch.shape[-1] / self.sample_rate
+    def on_train_batch_end(self, trainer: lightning.Trainer, task: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.done += self.size(batch)
         self.step_loss = outputs["loss"]
         now = time.monotonic()
         if self.bar is not None:
@@ -151,8 +157,8 @@ class Progress(lightning.Callback):
         )
 
     def _text(self, trainer: lightning.Trainer) -> str:
-        speed = self.seconds_of_audio / max(time.monotonic() - self.started - self.validating, 1e-9)
-        return f"loss {float(self.step_loss):.4g}, {speed:,.0f} s of audio a second"
+        speed = self.done / max(time.monotonic() - self.started - self.validating, 1e-9)
+        return f"loss {float(self.step_loss):.4g}, {speed:,.0f} {self.unit} a second"
 
     def on_validation_start(self, trainer: lightning.Trainer, task: lightning.LightningModule) -> None:
         self.validation_started = time.monotonic()
@@ -166,8 +172,7 @@ class Progress(lightning.Callback):
         }
         text = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
         self.console.print(f"step {trainer.global_step}: held out: {text}", highlight=False, soft_wrap=True)
-        warmed_up = trainer.global_step >= max(task.loss_warmup_steps.values(), default=0)
-        if "active_dimensions" in scores and warmed_up:
+        if "active_dimensions" in scores and trainer.global_step >= max(task.loss_warmup_steps.values(), default=0):
             self._warn_of_collapse(scores["active_dimensions"], task.model.latent_channels)
 
     def _warn_of_collapse(self, active: float, number: int) -> None:

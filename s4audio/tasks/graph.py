@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Losses = Callable[[Tensor], dict[str, Tensor]]
+Losses = Callable[..., dict[str, Tensor]]
 
 
 class LossGraph:
@@ -17,17 +17,18 @@ class LossGraph:
 
     Args:
         model: whose parameters get the gradients.
-        losses: batch -> dict of named losses; must not read numbers back from the GPU, nor draw any on the CPU.
-        batch: (B, channels, T), on the GPU.
+        losses: parts of a batch -> dict of named losses; must not read numbers back from the GPU, nor draw any on the CPU.
+        batch: the parts of one, on the GPU.
 
     Raises:
         RuntimeError: the model does what a graph cannot hold; the message says how to do without.
     """
 
-    def __init__(self, model: nn.Module, losses: Losses, batch: Tensor) -> None:
-        self.shape = batch.shape
+    def __init__(self, model: nn.Module, losses: Losses, batch: tuple[Tensor, ...]) -> None:
+        self.shapes = [part.shape for part in batch]
+        device = batch[0].device
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        random_state = torch.cuda.get_rng_state(batch.device)
+        random_state = torch.cuda.get_rng_state(device)
         # Graphs cannot hold autocast's cache of weights, which lives from step to step.
         autocast = torch.autocast(
             "cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), cache_enabled=False
@@ -35,7 +36,7 @@ class LossGraph:
         try:
             with autocast:
                 self.losses: Any = torch.cuda.make_graphed_callables(
-                    _Losses(model, losses), (batch.clone(),), allow_unused_input=True
+                    _Losses(model, losses), tuple(part.clone() for part in batch), allow_unused_input=True
                 )
         except torch.OutOfMemoryError:
             raise
@@ -47,11 +48,11 @@ class LossGraph:
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(before[name])
-        torch.cuda.set_rng_state(random_state, batch.device)
+        torch.cuda.set_rng_state(random_state, device)
 
-    def __call__(self, batch: Tensor) -> dict[str, Tensor]:
-        """The losses of a batch of that shape."""
-        return self.losses(batch)
+    def __call__(self, *batch: Tensor) -> dict[str, Tensor]:
+        """The losses of a batch of those shapes."""
+        return self.losses(*batch)
 
 
 class _Losses(nn.Module):
@@ -61,5 +62,5 @@ class _Losses(nn.Module):
         super().__init__()
         self.model, self.losses = model, losses
 
-    def forward(self, batch: Tensor) -> dict[str, Tensor]:
-        return self.losses(batch)
+    def forward(self, *batch: Tensor) -> dict[str, Tensor]:
+        return self.losses(*batch)

@@ -54,3 +54,31 @@ def warmup_cosine(warmup_steps: int, decay_steps: int | None) -> Callable[[int],
         return 0.5 * (1 + math.cos(math.pi * progress))
 
     return factor
+
+
+def one_cycle(warmup_steps: int, decay_steps: int | None) -> Callable[[int], float]:
+    """Half a cosine from 1/25 up to 1 at warmup_steps, and another down to 1/250,000 at decay_steps.
+
+    Raises:
+        ValueError: there is no decay_steps, or it is not after the warm-up.
+
+    Source: Smith and Topin 2018, "Super-convergence"; the ends are those of torch.optim.lr_scheduler.OneCycleLR.
+    """
+    if decay_steps is None or not 0 < warmup_steps < decay_steps:
+        raise ValueError(
+            f"one_cycle rises over warmup_steps {warmup_steps} and falls until decay_steps {decay_steps}; wanted 0 < "
+            "warmup_steps < decay_steps."
+        )
+
+    def between(first: float, last: float, share: float) -> float:
+        return last + (first - last) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return between(1 / 25, 1.0, step / warmup_steps)
+        return between(1.0, 1 / 250_000, (step - warmup_steps) / (decay_steps - warmup_steps))
+
+    return factor
+
+
+SCHEDULES = {"cosine": warmup_cosine, "one_cycle": one_cycle}

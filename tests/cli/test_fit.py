@@ -13,8 +13,8 @@ import yaml
 from s4audio import S4DAutoencoder, save
 from s4audio.checkpoint import read_config
 from s4audio.cli import main
+from s4audio.tasks import DivergenceError, GenerativeTask
 from s4audio.tasks.callbacks import RunFolder
-from s4audio.tasks.generative import DivergenceError, GenerativeTask
 from tests.cli.commands import RECIPE, ROOT, fit, refused
 
 
@@ -126,11 +126,12 @@ def test_the_best_model_survives_a_resume_from_before_it(tmp_path):
         global_step=10, sanity_checking=False, callback_metrics={"valid/loss": torch.tensor(2.0)},
         strategy=types.SimpleNamespace(root_device=torch.device("cpu")),
     )  # fmt: skip
-    keeper.on_train_start(trainer, None)
-    keeper.on_validation_end(trainer, types.SimpleNamespace(model=model))
+    task = types.SimpleNamespace(scored_model=model, best_score="valid/loss", higher_is_better=False)
+    keeper.on_train_start(trainer, task)
+    keeper.on_validation_end(trainer, task)
     assert read_config(out / "best")["training"]["scores"] == {"valid/loss": 1.0}
     trainer.callback_metrics = {"valid/loss": torch.tensor(0.5)}
-    keeper.on_validation_end(trainer, types.SimpleNamespace(model=model))
+    keeper.on_validation_end(trainer, task)
     assert read_config(out / "best")["training"]["scores"] == {"valid/loss": 0.5}
 
 

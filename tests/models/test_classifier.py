@@ -5,9 +5,13 @@ import torch
 from torch.nn import functional as F
 
 from s4audio import S4Model
+from s4audio.models import PatchS4Model
 
 
-@pytest.mark.parametrize("arguments", [{"layer": "S4D"}, {"layer": "S4", "discretization": "bilinear"}, {"mix": False}])
+@pytest.mark.parametrize(
+    "arguments",
+    [{"layer": "S4D"}, {"layer": "S4", "discretization": "bilinear"}, {"block": "filter"}, {"block": "post_norm"}],
+)
 def test_tells_slow_from_fast_tones(arguments):
     torch.manual_seed(0)
     model = S4Model(1, 2, d_model=8, num_layers=1, d_state=8, **arguments)
@@ -27,3 +31,52 @@ def test_tells_slow_from_fast_tones(arguments):
 def test_unknown_layer_is_refused():
     with pytest.raises(ValueError, match="layer is 'S5'; choose S4D or S4"):
         S4Model(3, 10, layer="S5")
+
+
+def test_the_example_of_the_field_has_its_number_of_parameters():
+    model = S4Model(3, 10, 128, 4, block="post_norm", dropout=0.1, learn_B=False)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 201_482
+
+
+def test_inputs_are_normalized_by_moments_that_the_model_keeps():
+    model, u = S4Model(2, 3, d_model=4, num_layers=1, d_state=4).eval(), torch.rand(2, 2, 30)
+    plain = model(u)
+    model.set_moments(torch.tensor([0.5, 1.0]), torch.tensor([0.25, 0.0]))  # a channel that never changes
+    shifted = torch.stack([0.25 * u[:, 0] + 0.5, u[:, 1] + 1.0], 1)
+    torch.testing.assert_close(model(shifted), plain)
+    assert {"input_mean", "input_std"} <= set(model.state_dict())
+
+
+def test_patches_of_an_image_are_read_in_their_order():
+    model = PatchS4Model(3, 10, d_model=8, num_layers=2, patch=4, d_state=4).eval()
+    image = torch.rand(2, 3, 8, 8)
+    patches = model.stem(image)
+    assert patches.shape == (2, 8, 2, 2)
+    expected = model.head(model.trunk(patches.reshape(2, 8, 4)).mean(-1))
+    torch.testing.assert_close(model(image.flatten(-2)), expected)
+
+
+def test_the_output_projections_of_patches_have_a_spectral_norm_of_one():
+    model = PatchS4Model(3, 10, d_model=8, num_layers=1, patch=4, d_state=4)
+    for _ in range(30):  # power iterations, one a training step
+        model(torch.rand(1, 3, 64))
+    weight = model.trunk[0].inner[-1].weight[..., 0]
+    assert torch.linalg.matrix_norm(weight, 2).item() == pytest.approx(1, abs=1e-3)
+
+
+def test_the_reference_system_2_has_twelve_blocks_of_512():
+    model = PatchS4Model(3, 10)
+    assert len(model.trunk) == 12 and model.stem(torch.rand(1, 3, 32, 32)).shape == (1, 512, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: S4Model(3, 10, block="odd"), "block is 'odd'; choose one of filter, mix, spectral, post_norm"),
+        (lambda: PatchS4Model(3, 10, d_model=7), "d_model is 7; wanted an even number"),
+        (lambda: PatchS4Model(3, 10, d_model=4, num_layers=1)(torch.rand(1, 3, 60)), "have 60 pixels"),
+    ],
+)
+def test_what_a_classifier_cannot_be_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -70,7 +70,7 @@ def test_active_dimensions_are_counted_and_a_collapse_is_said(capsys):
     with torch.no_grad():
         last.weight[:3] = 10.0
     assert model.active_dimensions(audio) == 3
-    progress = Progress(8000)
+    progress = Progress(len, "clips")
     for active, said in ((3, ""), (2, "only 2 of 5 latent dimensions"), (1, "")):  # said once
         progress._warn_of_collapse(active, 5)
         told = capsys.readouterr().out

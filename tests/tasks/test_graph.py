@@ -74,4 +74,4 @@ def test_gpu_a_model_that_reads_back_is_refused_with_the_way_out():
         return {"l1": (model(batch) - batch).abs().mean() * float(batch.mean())}
 
     with pytest.raises(RuntimeError, match=r"cannot be captured.*Train with --model.init_args.cuda_graph false"):
-        LossGraph(model, losses, torch.randn(2, 1, 512, device="cuda"))
+        LossGraph(model, losses, (torch.randn(2, 1, 512, device="cuda"),))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from s4audio import S4, S4D, CausalAutoencoder
-from s4audio.tasks.optim import parameter_groups, warmup_cosine
+from s4audio.tasks.optim import one_cycle, parameter_groups, warmup_cosine
 
 
 def names_in(group, model) -> set[str]:
@@ -37,3 +37,23 @@ def test_schedule_rises_falls_and_ends():
     assert [factor(step) for step in (0, 4, 9, 10)] == [0.1, 0.5, 1.0, 1.0]
     assert factor(60) == pytest.approx(0.5) and factor(110) == factor(1000) == pytest.approx(0)
     assert warmup_cosine(0, None)(10**6) == 1.0
+
+
+def test_one_cycle_is_that_of_torch():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=1.0, total_steps=101, pct_start=30 / 101, cycle_momentum=False
+    )
+    ours = one_cycle(warmup_steps=29, decay_steps=100)
+    for step in range(101):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(ours(step), abs=1e-9)
+        optimizer.step()
+        if step < 100:
+            schedule.step()
+    assert ours(29) == 1 and ours(100) == pytest.approx(1 / 250_000) == pytest.approx(ours(1000))
+
+
+def test_one_cycle_wants_an_end():
+    with pytest.raises(ValueError, match="one_cycle rises over warmup_steps 10 and falls until decay_steps None"):
+        one_cycle(10, None)

@@ -1,0 +1,110 @@
+"""What `s4audio fit` checks, says and shows when it trains a generator of audio."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s4audio import checkpoint
+from s4audio.cli.info import describe, describe_training, memories
+from s4audio.cli.run_page import PAGE, memory_section, next_commands, training_section
+from s4audio.data import AudioFolder
+from s4audio.report import Clip, Section, write_page
+
+UNIT, ITEMS = "s of audio", "clips"
+LISTEN = (
+    "First a recording that the model was not trained on (its first ten seconds), then what it makes of it. Listen for the "
+    "attack of the notes, the brightness, and a haze or hiss that was not there."
+)
+CLIP_SECONDS = 10.0
+
+
+def check(model: Any, data: Any) -> None:
+    """Refuse a model and data that do not fit each other.
+
+    Raises:
+        ValueError: the model makes no audio, or hears it otherwise than the data has it.
+    """
+    if not hasattr(model, "training_losses"):
+        raise ValueError(f"the model is a {type(model).__name__}, which is no generator; use ClassificationTask for it.")
+    if not isinstance(data, AudioFolder):
+        raise ValueError(f"the data is {type(data).__name__}, and a generator of audio is trained on AudioFolder.")
+    if data.sample_rate != model.sample_rate:
+        raise ValueError(
+            f"the data is at {data.sample_rate} Hz and the model at {model.sample_rate} Hz; make both one value."
+        )
+    if model.channels != 1:
+        raise ValueError(f"the model has {model.channels} channels and the clips of AudioFolder have 1 (mono).")
+
+
+def prepare(model: Any, data: AudioFolder) -> None:
+    """Nothing."""
+
+
+def size(batch: Tensor, data: AudioFolder) -> float:
+    """Seconds of audio."""
+    return batch.shape[0] * batch.shape[-1] / data.sample_rate
+
+
+def announce(data: AudioFolder) -> list[str]:
+    """What was read, for the terminal."""
+    read: dict[str, Any] = data.describe()
+    train = f"{_count(read['train_files'], 'file')} ({_duration(read['train_seconds'])}) to train on"
+    held_out = f"{read['valid_files']} ({_duration(read['valid_seconds'])}) held out"
+    return [
+        f"data: {train}, {held_out}, {len(read['skipped'])} skipped; mono at {read['sample_rate']} Hz",
+        f"held out: {', '.join(Path(name).name for name in data.valid_names[:5])}",
+        *(f"skipped: {sentence}" for sentence in read["skipped"]),
+    ]
+
+
+def stopped(out: Path) -> list[str]:
+    """What to do with a run that was stopped."""
+    return [f"listen:   s4audio generate {out / 'last'} --from MY_RECORDING.wav"]
+
+
+def finish(out: Path, data: AudioFolder) -> list[str]:
+    """Writes the page of a finished run; returns what to do with it."""
+    lead = "A model of raw audio, and what it makes of recordings that it was not trained on."
+    held_out = dict(zip(data.valid_names, data.valid_clips, strict=True))
+    write_page(out / PAGE, f"The run {out.name}", lead, _sections(out, held_out))
+    return [f"listen:   s4audio generate {out / 'best'} --from MY_RECORDING.wav"]
+
+
+@torch.no_grad()
+def _sections(out: Path, held_out: dict[str, Tensor]) -> list[Section]:
+    """What a finished run has to show: sounds, figures, curves, poles and what to type next.
+
+    Args:
+        out: the run folder.
+        held_out: name -> recording (1, T) at the model's rate and level.
+    """
+    model: Any = checkpoint.load(out / "best")
+    training, rate = checkpoint.read_config(out / "best")["training"], model.sample_rate
+    clips = []
+    for path, audio in list(held_out.items())[:2]:
+        audio, name = audio[..., : round(CLIP_SECONDS * rate)], Path(path).name
+        clips += [Clip(name, audio, rate), Clip(f"{name} through the model", model(audio.unsqueeze(0))[0], rate)]
+    generator = torch.Generator().manual_seed(0)
+    sample = model.sample(1, round(CLIP_SECONDS / 2 * rate), generator=generator)[0]
+    facts = [("", ""), *describe(model), *describe_training(training)]
+    return [
+        Section("Listen", [LISTEN], clips=clips),
+        Section(
+            "From noise", ["A latent of noise alone, decoded: a model that learned sound frame by frame gives texture."],
+            clips=[Clip("a random latent", sample, rate)],
+        ),
+        Section("The model", table=facts),
+        training_section(out),
+        *([memory_section(model)] if memories(model) else []),
+        Section("What to type next", commands=next_commands(model, out / "best")),
+    ]  # fmt: skip
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.1f} s"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"

@@ -1,0 +1,65 @@
+"""What the page of a run and the report of a demo have in common: curves, and what a model remembers."""
+
+from pathlib import Path
+
+import torch
+
+from s4audio.cli.info import memories
+from s4audio.report import Section, curves_figure, poles_figure
+
+PAGE = "report.html"
+MORE_CURVES = {  # what else a run may have logged, what to write under it, and its unit
+    "valid/si_sdr_db": ("SI-SDR on the held-out recordings: higher is better.", "dB"),
+    "valid/accuracy": ("Share of the held-out sequences that it gets right.", "accuracy"),
+}
+
+
+def training_section(out: Path) -> Section:
+    """The losses and scores of a run over its steps."""
+    curves = read_curves(out)
+    losses = {name: curves[tag] for name, tag in (("training", "train/loss"), ("held out", "valid/loss")) if tag in curves}
+    figures = [("Loss: lower is better.", curves_figure(losses, "loss"))] if losses else []
+    for tag, (text, unit) in MORE_CURVES.items():
+        if tag in curves:
+            scores = {"training": curves[other]} if (other := tag.replace("valid", "train")) in curves else {}
+            figures.append((text, curves_figure({**scores, "held out": curves[tag]}, unit, log=False)))
+    return Section("How it trained", figures=figures)
+
+
+def memory_section(model: torch.nn.Module) -> Section:
+    """What the layers of a model remember, as a picture."""
+    poles = {memory.name: (memory.frequency, memory.decay) for memory in memories(model)}
+    text = (
+        "Each point is a resonance inside the model: how fast it swings, and how long it rings until 1/e is left. Points "
+        "high up remember long, points to the right hear fine detail."
+    )
+    return Section("What it remembers", [text], figures=[("Poles of each state-space layer.", poles_figure(poles))])
+
+
+def read_curves(out: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """Steps and values of everything that a run logged, by name."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(out / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    curves = {}
+    for tag in events.Tags()["scalars"]:
+        points = events.Scalars(tag)
+        curves[tag] = [point.step for point in points], [point.value for point in points]
+    return curves
+
+
+def next_commands(model: torch.nn.Module, path: Path) -> list[tuple[str, str]]:
+    """What to do with a model in a folder, and how."""
+    commands = [
+        ("Hear a recording with noise in its latent:", f"s4audio generate {path} --from MY_RECORDING.wav --variation 0.1"),
+        ("Score what it makes of recordings:",
+            f"s4audio generate {path} --from MY_RECORDINGS --out reconstructed\n"
+            "s4audio evaluate reconstructed MY_RECORDINGS --paired --report score"),
+        ("Look inside:", f"s4audio info {path}"),
+        ("Train on recordings of your own:",
+            "s4audio fit --config recipes/demo.yaml --train MY_RECORDINGS --out runs/mine"),
+    ]  # fmt: skip
+    if hasattr(model, "stream"):
+        streamed = f"s4audio reconstruct {path} MY_RECORDING.wav out.wav"
+        commands.insert(0, ("Send a recording of any length through it:", streamed))
+    return commands

@@ -1,0 +1,116 @@
+"""The task that trains every classifier: cross entropy, and accuracy on held-out sequences."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from s4audio.tasks.training import TrainingTask
+
+
+class ClassificationTask(TrainingTask):
+    """Trains a classifier with AdamW; the best model is the most accurate on the held-out sequences.
+
+    Args:
+        model: sequences (B, channels, L) -> logits (B, num_classes).
+        label_smoothing: share of the target that is spread over all classes.
+        ema_decay: score and save an exponential moving average of the weights, which keeps this share of itself at each
+            step; None does without.
+        lr: as all of what follows, of TrainingTask.
+
+    Raises:
+        ValueError: as TrainingTask; label_smoothing or ema_decay is not in [0, 1).
+    """
+
+    best_score = "valid/accuracy"
+    higher_is_better = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        label_smoothing: float = 0.0,
+        ema_decay: float | None = None,
+        lr: float = 1e-2,
+        ssm_lr: float = 1e-3,
+        weight_decay: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.999),
+        schedule: str = "cosine",
+        warmup_steps: int = 0,
+        decay_steps: int | None = None,
+        cuda_graph: bool = True,
+        compile: bool = False,
+    ) -> None:
+        super().__init__(model, lr, ssm_lr, weight_decay, betas, schedule, warmup_steps, decay_steps, cuda_graph, compile)
+        if not hasattr(model, "num_classes"):
+            raise ValueError(
+                f"the model is a {type(model).__name__}, which is no classifier; choose S4Model or PatchS4Model."
+            )
+        for name, share in (("label_smoothing", label_smoothing), ("ema_decay", ema_decay or 0.0)):
+            if not 0 <= share < 1:
+                raise ValueError(f"{name} is {share}; wanted at least 0 and below 1.")
+        self.label_smoothing = label_smoothing
+        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)) if ema_decay else None
+        if self.average:
+            self.average.requires_grad_(False)
+        classes = self.model.num_classes
+        self.confusion: Tensor
+        self.register_buffer("confusion", torch.zeros(classes, classes), persistent=False)
+        self.unchecked: tuple[Tensor, int] | None = None
+
+    @property
+    def scored_model(self) -> Any:
+        return self.average.module if self.average else self.model
+
+    def losses(self, *batch: Tensor) -> dict[str, Tensor]:
+        """Cross entropy, and how many of the batch were right before the step."""
+        u, label = batch
+        logits = self.model(u).float()
+        loss = F.cross_entropy(logits, label, label_smoothing=self.label_smoothing)
+        return {"cross_entropy": loss, "accuracy": (logits.argmax(1) == label).float().mean()}
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """One batch of sequences (B, channels, L) and labels (B,)."""
+        found = self.captured_losses(*batch)
+        # The loss of the step before: to look at this one now would make the GPU wait for the next.
+        if self.unchecked is not None:
+            loss, step = self.unchecked
+            self.check_finite(loss, {"cross_entropy": loss}, step)
+        loss = found["cross_entropy"].clone()
+        self.unchecked = loss.detach(), self.global_step
+        self.log_dict({"train/loss": loss.detach(), "train/accuracy": found["accuracy"].detach().clone()})
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.average:
+            self.average.update_parameters(self.model)
+
+    def on_validation_epoch_start(self) -> None:
+        self.confusion.zero_()
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Counts what each class is taken for."""
+        u, label = batch
+        logits = self.scored_model(u).float()
+        self.log("valid/loss", F.cross_entropy(logits, label), batch_size=len(label), on_epoch=True)
+        self.confusion += count_pairs(logits, label)
+
+    def on_validation_epoch_end(self) -> None:
+        right = self.confusion.diagonal()
+        self.log("valid/accuracy", right.sum() / self.confusion.sum())
+        self.log("valid/worst_class", (right / self.confusion.sum(1).clamp_min(1)).min())
+
+
+def count_pairs(logits: Tensor, label: Tensor) -> Tensor:
+    """(classes, classes): how many of each class, a row, are taken for which, a column."""
+    classes = logits.shape[1]
+    return torch.bincount(label * classes + logits.argmax(1), minlength=classes**2).view(classes, classes)
+
+
+@torch.no_grad()
+def confusion_matrix(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """`count_pairs` over all batches of sequences and labels; the model should be in eval mode."""
+    counts = [count_pairs(model(u), label) for u, label in batches]
+    return torch.stack(counts).sum(0)

@@ -1,0 +1,106 @@
+"""What every training has in common: AdamW with a group for the dynamics, a schedule, CUDA graphs, and finite numbers."""
+
+from abc import abstractmethod
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+
+from s4audio.tasks.graph import Losses, LossGraph
+from s4audio.tasks.optim import SCHEDULES, parameter_groups
+
+
+class DivergenceError(RuntimeError):
+    """A loss stopped being a number."""
+
+
+class TrainingTask(lightning.LightningModule):
+    """Trains a model with AdamW; a task says by which losses.
+
+    Args:
+        model: what is trained, saved and scored.
+        lr: learning rate of everything but the state spaces' dynamics.
+        ssm_lr: learning rate of the dynamics, at most 1e-3.
+        weight_decay: of everything but the dynamics.
+        betas: AdamW's.
+        schedule: of the learning rates, one of SCHEDULES.
+        warmup_steps: of a rise of the learning rates.
+        decay_steps: the step at which they have come down again; None keeps them.
+        cuda_graph: on a GPU, capture the losses and their gradients once and replay them, where batches have one shape
+            and gradients are not accumulated; else, and elsewhere, it changes nothing.
+        compile: have torch.compile fuse the model's small operations; it takes a minute or so at the start.
+
+    Raises:
+        ValueError: ssm_lr is not in (0, 1e-3], or a schedule that does not exist or does not take these steps.
+    """
+
+    best_score = "valid/loss"  # which says what model is the best
+    higher_is_better = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float,
+        ssm_lr: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+        schedule: str,
+        warmup_steps: int,
+        decay_steps: int | None,
+        cuda_graph: bool,
+        compile: bool,
+    ) -> None:
+        super().__init__()
+        # Refuses wrong rates now, not after the data is read.
+        parameter_groups(model, lr, ssm_lr, weight_decay)
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule is {schedule!r}; choose one of {', '.join(SCHEDULES)}.")
+        self.rates = SCHEDULES[schedule](warmup_steps, decay_steps)
+        self.model: Any = model
+        self.lr, self.ssm_lr, self.weight_decay, self.betas = lr, ssm_lr, weight_decay, betas
+        self.cuda_graph, self.compile_losses = cuda_graph, compile
+        self.graph: LossGraph | None = None
+
+    @abstractmethod
+    def losses(self, *batch: Tensor) -> dict[str, Tensor]:
+        """Named losses and scores of a batch, for the gradient."""
+
+    @property
+    def scored_model(self) -> Any:
+        """The model that is scored and saved."""
+        return self.model
+
+    def configure_optimizers(self) -> Any:
+        """AdamW over two parameter groups, and the schedule."""
+        groups = parameter_groups(self.model, self.lr, self.ssm_lr, self.weight_decay)
+        on_gpu = next(self.parameters()).is_cuda and "mixed" not in str(self.trainer.precision)  # it would refuse to clip
+        optimizer = torch.optim.AdamW(groups, betas=self.betas, fused=on_gpu or None)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rates)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        losses: Any = self.losses
+        self._losses: Losses = torch.compile(losses, dynamic=False) if self.compile_losses else losses
+
+    def captured_losses(self, *batch: Tensor) -> dict[str, Tensor]:
+        """`losses`, from a CUDA graph where there is one."""
+        alone = self.trainer.accumulate_grad_batches == 1 and self.trainer.world_size == 1
+        if self.graph is None and self.cuda_graph and batch[0].is_cuda and alone:
+            self.graph = LossGraph(self.model, self._losses, batch)
+        if self.graph is not None and self.graph.shapes == [part.shape for part in batch]:
+            return self.graph(*batch)
+        return self._losses(*batch)
+
+    def check_finite(self, total: Tensor, losses: dict[str, Tensor], step: int) -> None:
+        """Refuse to go on with a loss that is no number.
+
+        Raises:
+            DivergenceError: names the loss and the step.
+        """
+        if not torch.isfinite(total):
+            culprit = next((name for name, loss in losses.items() if not torch.isfinite(loss)), "sum")
+            raise DivergenceError(
+                f"the {culprit} loss is {float(losses.get(culprit, total))} at step {step}. The last checkpoint "
+                "is from before; try a smaller lr or ssm_lr, more warmup_steps, or trainer.gradient_clip_val 1.0."
+            )

@@ -1,0 +1,131 @@
+"""Training a classifier of images from a recipe: it learns, goes on where it stopped, and says what is wrong."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from s4audio.checkpoint import load, read_config
+from s4audio.cli import main
+from s4audio.tasks import ClassificationTask, DivergenceError
+from s4audio.tasks.classification import confusion_matrix
+from tests.cli.commands import refused
+
+SIZE, COLOURS = 8, {"blue": (20, 40, 220), "green": (30, 200, 50), "red": (220, 30, 40)}
+RECIPE = {
+    "seed_everything": 0,
+    "save_every": 10,
+    "model": {
+        "class_path": "s4audio.tasks.ClassificationTask",
+        "init_args": {
+            "model": {
+                "class_path": "s4audio.S4Model",
+                "init_args": {"d_input": 3, "num_classes": 3, "d_model": 8, "num_layers": 1, "d_state": 4, "dropout": 0.1},
+            },
+            "label_smoothing": 0.05,
+            "warmup_steps": 3,
+            "decay_steps": 24,
+        },
+    },
+    "data": {
+        "class_path": "s4audio.data.ImageSequences",
+        "init_args": {"root": "", "size": SIZE, "valid_images": 9, "batch_size": 6, "augment": "crop_flip"},
+    },
+    "trainer": {"max_steps": 24, "val_check_interval": 8, "log_every_n_steps": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """Noisy images of three colours, 20 and 7 of each."""
+    root, generator = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, number in (("train", 20), ("test", 7)):
+        for name, colour in COLOURS.items():
+            (root / split / name).mkdir(parents=True)
+            for index in range(number):
+                pixels = np.clip(np.array(colour) + generator.normal(0, 30, (SIZE, SIZE, 3)), 0, 255).astype(np.uint8)
+                buffer = io.BytesIO()
+                Image.fromarray(pixels).save(buffer, "PNG")
+                (root / split / name / f"{index}.png").write_bytes(buffer.getvalue())
+    return root
+
+
+@pytest.fixture
+def recipe(tmp_path, images) -> Path:
+    content = json.loads(json.dumps(RECIPE))
+    content["data"]["init_args"]["root"] = str(images)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    return tmp_path / "recipe.yaml"
+
+
+def fit(recipe: Path, out: Path, *options: str) -> int:
+    return main(["fit", "--config", str(recipe), "--out", str(out), *options])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_classifier_is_trained_tested_and_shown(recipe, images, tmp_path, capsys):
+    assert fit(recipe, tmp_path / "run") == 0
+    told = capsys.readouterr().out
+    assert "data: 51 images to train on, 9 held out, 21 to test the best model on; sequences of 64 RGB pixels" in told
+    assert "classes: blue, green, red" in told and "images a second" in told
+    assert "best on the held-out images" in told and "test:     100.00% ± 0.00% of 21 images" in told
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "What it takes the images of each class for" in page and "100.00% ± 0.00% of 21 images" in page
+    record = read_config(tmp_path / "run" / "best")["training"]
+    assert record["classes"] == list(COLOURS) and record["scores"]["valid/accuracy"] == 1.0
+    assert main(["info", str(tmp_path / "run" / "best")]) == 0
+    assert "51; held out 9" in capsys.readouterr().out
+    # the model itself knows what its inputs look like
+    model = load(tmp_path / "run" / "best")
+    assert model.input_mean.tolist() == pytest.approx([0.35, 0.35, 0.4], abs=0.05)
+    red = torch.tensor(COLOURS["red"]).view(1, 3, 1).expand(1, 3, SIZE * SIZE) / 255
+    assert confusion_matrix(model, [(red, torch.tensor([2]))])[2].tolist() == [0, 0, 1]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_it_goes_on_as_if_it_had_never_stopped(recipe, tmp_path):
+    average = ["--model.init_args.ema_decay", "0.9"]
+    assert fit(recipe, tmp_path / "whole", *average) == 0
+    assert fit(recipe, tmp_path / "parts", *average, "--steps", "11") == 0
+    assert fit(recipe, tmp_path / "parts", *average) == 0
+    weights = [(tmp_path / run / "last" / "model.safetensors").read_bytes() for run in ("whole", "parts")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_average_of_the_weights_is_what_is_saved(recipe, tmp_path):
+    assert fit(recipe, tmp_path / "plain", "--steps", "4") == 0
+    assert fit(recipe, tmp_path / "average", "--steps", "4", "--model.init_args.ema_decay", "0.999") == 0
+    plain, average = (load(tmp_path / run / "last").head.weight for run in ("plain", "average"))
+    assert 0 < (plain - average).abs().max() < 0.1
+
+
+def test_wrong_input_ends_in_a_sentence_and_status_2(recipe, tmp_path, capsys):
+    def told(*options: str) -> str:
+        return refused(capsys, "fit", "--config", str(recipe), "--out", str(tmp_path / "run"), *options)
+
+    assert "nowhere does not exist; give a folder" in told("--data.init_args.root", "nowhere")
+    assert "are 8 x 8 pixels; wanted 16 x 16" in told("--data.init_args.size", "16")
+    assert "fraction is 0.0; wanted above 0" in told("--data.init_args.fraction", "0")
+    assert "fraction is 1.2; wanted above 0" in told("--data.init_args.fraction", "1.2")
+    assert "the images have 1 channels and the model reads 3" in told("--data.init_args.grey", "true")
+    assert "have 3 classes and the model 4" in told("--model.init_args.model.init_args.num_classes", "4")
+    assert "label_smoothing is 1.0; wanted at least 0 and below 1" in told("--model.init_args.label_smoothing", "1")
+    assert "schedule is 'line'; choose one of cosine, one_cycle" in told("--model.init_args.schedule", "line")
+    assert "block is 'odd'; choose one of filter" in told("--model.init_args.model.init_args.block", "odd")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_no_number_ends_the_training_a_step_later():
+    from s4audio import S4Model
+
+    task = ClassificationTask(S4Model(1, 2, 4, 1, d_state=4))
+    task.unchecked = torch.tensor(float("nan")), 7
+    task.captured_losses = task.losses
+    with pytest.raises(DivergenceError, match="the cross_entropy loss is nan at step 7"):
+        task.training_step((torch.randn(2, 1, 8), torch.tensor([0, 1])), 0)
