@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from PIL import Image
 
 from s4audio.cli import main
 
@@ -25,6 +26,8 @@ QUICK = (
     "--trainer.max_steps 1 --trainer.val_check_interval 1 --data.init_args.batch_size 1 --data.init_args.clip_seconds 0.1 "
     "--trainer.accelerator cpu"
 )
+
+QUICK_IMAGES = "--steps 1 --data.init_args.valid_images 5 --data.init_args.batch_size 4 --trainer.accelerator cpu"
 
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL))
@@ -45,6 +48,13 @@ def test_commands_of_the_readme_run_in_their_order(tmp_path, monkeypatch):
         tone = 0.3 * np.sin(np.arange(8000) * 0.05 * (number + 1))
         soundfile.write(tmp_path / "MY_RECORDINGS" / f"{number}.wav", tone, 16_000)
     soundfile.write(tmp_path / "MY_RECORDING.wav", tone, 16_000)
+    for split, number in (("train", 3), ("test", 1)):
+        for label in range(10):
+            (tmp_path / "CIFAR10" / split / str(label)).mkdir(parents=True)
+            for index in range(number):
+                Image.new("RGB", (32, 32), (25 * label, 0, index)).save(
+                    tmp_path / "CIFAR10" / split / str(label) / f"{index}.png"
+                )
     (tmp_path / "KEPT_BACK").symlink_to(tmp_path / "MY_RECORDINGS")
     ran = set()
     for command in COMMANDS:
@@ -56,7 +66,7 @@ def test_commands_of_the_readme_run_in_their_order(tmp_path, monkeypatch):
         if len(arguments) == 1 and arguments[0] in ("reconstruct", "generate", "info", "evaluate"):  # a verb in running text
             continue
         if arguments[0] == "fit":
-            arguments += QUICK.split()
+            arguments += (QUICK_IMAGES if "--root" in arguments else QUICK).split()
         try:
             status = main(arguments)
         except SystemExit as done:  # argparse, after --help

@@ -29,11 +29,12 @@ def training_section(out: Path) -> Section:
 def memory_section(model: torch.nn.Module) -> Section:
     """What the layers of a model remember, as a picture."""
     poles = {memory.name: (memory.frequency, memory.decay) for memory in memories(model)}
+    figure = poles_figure(poles, in_time=hasattr(model, "sample_rate"))
     text = (
         "Each point is a resonance inside the model: how fast it swings, and how long it rings until 1/e is left. Points "
         "high up remember long, points to the right hear fine detail."
     )
-    return Section("What it remembers", [text], figures=[("Poles of each state-space layer.", poles_figure(poles))])
+    return Section("What it remembers", [text], figures=[("Poles of each state-space layer.", figure)])
 
 
 def read_curves(out: Path) -> dict[str, tuple[list[int], list[float]]]:
