@@ -1,17 +1,19 @@
 """CUDA graphs of the training step against the same training without."""
 
+from typing import Any
+
 import lightning
 import pytest
 import torch
 
 from s4audio import CausalAutoencoder, ConvVAE
-from s4audio.tasks import GenerativeTask
+from s4audio.models import PatchS4Model, S4Model
+from s4audio.tasks import ClassificationTask, GenerativeTask, TrainingTask
 from s4audio.tasks.graph import LossGraph
 
 
-def train(
-    model: torch.nn.Module, clips: torch.Tensor, steps: int, accelerator: str = "cuda", **options
-) -> tuple[GenerativeTask, list[float]]:
+def train(task: TrainingTask, batches: Any, steps: int, accelerator: str = "cuda", **options) -> list[float]:
+    """The losses of the first steps."""
     torch.manual_seed(0)
     losses = []
 
@@ -19,15 +21,20 @@ def train(
         def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
             losses.append(float(outputs["loss"]))
 
-    accumulated = options.pop("accumulate_grad_batches", 1)
-    task = GenerativeTask(model, lr=1e-3, ssm_lr=1e-4, **options)
     trainer = lightning.Trainer(
         max_steps=steps, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[Watch()], gradient_clip_val=1.0, accumulate_grad_batches=accumulated,
-        accelerator=accelerator, devices=1,
+        callbacks=[Watch()], gradient_clip_val=1.0, accelerator=accelerator, devices=1, **options,
     )  # fmt: skip
-    trainer.fit(task, torch.utils.data.DataLoader(clips, 4))
-    return task, losses
+    trainer.fit(task, batches)
+    return losses
+
+
+def generative(index: int, **options) -> GenerativeTask:
+    return GenerativeTask(models()[index], lr=1e-3, ssm_lr=1e-4, **options)
+
+
+def clips(number: int, length: int) -> torch.utils.data.DataLoader:
+    return torch.utils.data.DataLoader(torch.randn(number, 1, length), 4)
 
 
 def models() -> list[torch.nn.Module]:
@@ -36,32 +43,63 @@ def models() -> list[torch.nn.Module]:
     return [autoencoder, ConvVAE(8000, strides=(4,), widths=(8, 16), latent_channels=4, num_blocks=1)]
 
 
+def classifying(index: int, **options) -> ClassificationTask:
+    torch.manual_seed(1)
+    model = [S4Model(3, 10, 16, 2, block="post_norm", dropout=0.1), PatchS4Model(3, 10, 16, 2, patch=4, dropout=0.1)][index]
+    return ClassificationTask(model, label_smoothing=0.1, ema_decay=0.9, lr=1e-3, **options)
+
+
+def images() -> torch.utils.data.DataLoader:
+    batches = [(torch.rand(8, 3, 256), torch.randint(10, (8,))) for _ in range(11)]
+    return torch.utils.data.DataLoader(batches, batch_size=None)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_on_the_cpu_the_options_change_nothing():
-    clips = torch.randn(8, 1, 512)
-    task, plain = train(models()[0], clips, 2, "cpu", cuda_graph=False)
-    again, graphed = train(models()[0], clips, 2, "cpu")
+    batches = clips(8, 512)
+    task, again = generative(0, cuda_graph=False), generative(0)
+    plain, graphed = train(task, batches, 2, "cpu"), train(again, batches, 2, "cpu")
     assert task.graph is None and again.graph is None and plain == graphed
 
 
-@pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("index", [0, 1])
-def test_gpu_the_graph_trains_the_same_model(index):
-    clips = torch.randn(42, 1, 4096)  # the last batch is smaller and not in the graph
-    plain, wanted = train(models()[index], clips, 11, cuda_graph=False)
-    task, found = train(models()[index], clips, 11)
+def compare(plain: TrainingTask, task: TrainingTask, batches: Any, **options) -> None:
+    wanted, found = (train(each, batches, 11, **options) for each in (plain, task))
     assert task.graph is not None and plain.graph is None
     assert found == pytest.approx(wanted, rel=2e-3)
-    ours, theirs = (torch.nn.utils.parameters_to_vector(t.model.parameters()) for t in (task, plain))
+    ours, theirs = (torch.nn.utils.parameters_to_vector(t.scored_model.parameters()) for t in (task, plain))
     assert (ours - theirs).norm() < 0.01 * theirs.norm()
 
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("index", [0, 1])
+def test_gpu_the_graph_trains_the_same_generator(index):
+    compare(generative(index, cuda_graph=False), generative(index), clips(42, 4096))  # the last batch is smaller: no graph
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("index", [0, 1])
+def test_gpu_the_graph_trains_the_same_classifier(index):
+    compare(classifying(index, cuda_graph=False), classifying(index), images())
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_gpu_the_graph_holds_a_compiled_model_in_bfloat16():
+    batches = images()
+    wanted = train(classifying(0, cuda_graph=False), batches, 11)
+    task = classifying(0, compile=True)
+    assert train(task, batches, 11, precision="bf16-mixed") == pytest.approx(wanted, rel=0.1)
+    assert task.graph is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_gpu_accumulated_gradients_are_not_captured():
-    task, _ = train(models()[0], torch.randn(16, 1, 4096), 2, accumulate_grad_batches=2)
+    task = generative(0)
+    train(task, clips(16, 4096), 2, accumulate_grad_batches=2)
     assert task.graph is None
 
 
