@@ -95,10 +95,15 @@ class S4D(nn.Module):
 
         Of a bidirectional layer it has 2 H channels: forward in time, then backward, sharing all but C.
         """
-        A, B, dt = self._per_direction(self.A(), torch.view_as_complex(self.B), self.log_dt.exp())
+        C = torch.view_as_complex(self.C)
+        if not self.bidirectional:
+            return self._system(C, self.rate if rate is None else rate)
+        return ssm.both_ways(self._system(C[: self.d_model], self.rate if rate is None else rate), C)
+
+    def _system(self, C: Tensor, rate: float) -> ssm.System:
         return ssm.diagonal_system(
-            A, B, torch.view_as_complex(self.C), dt, self.discretization,
-            rate=self.rate if rate is None else rate, alpha=self.alpha, gap=self.gap,
+            self.A(), torch.view_as_complex(self.B), C, self.log_dt.exp(), self.discretization,
+            rate=rate, alpha=self.alpha, gap=self.gap,
         )  # fmt: skip
 
     def forward(self, u: Tensor) -> Tensor:
@@ -136,9 +141,6 @@ class S4D(nn.Module):
                 "build it with bidirectional=False."
             )
 
-    def _per_direction(self, *parameters: Tensor) -> list[Tensor]:
-        return [torch.cat([p, p]) if self.bidirectional else p for p in parameters]
-
 
 class S4(S4D):
     """Diagonal-plus-low-rank state-space layer with a skip term: S4D plus P, which wants a small learning rate too.
@@ -172,11 +174,8 @@ class S4(S4D):
             raise ValueError(f"init is {init!r}, which has no low-rank term; S4 takes legs or fout. For {init} use S4D.")
         self.P = nn.Parameter(torch.view_as_real(P.to(torch.complex64).repeat(d_model, 1)))
 
-    def system(self, rate: float | None = None) -> ssm.System:
-        A, P, B, dt = self._per_direction(
-            self.A(), torch.view_as_complex(self.P), torch.view_as_complex(self.B), self.log_dt.exp()
-        )
+    def _system(self, C: Tensor, rate: float) -> ssm.System:
         return ssm.dplr_system(
-            A, P, B, torch.view_as_complex(self.C), dt, self.discretization,
-            rate=self.rate if rate is None else rate, alpha=self.alpha, gap=self.gap,
+            self.A(), torch.view_as_complex(self.P), torch.view_as_complex(self.B), C, self.log_dt.exp(),
+            self.discretization, rate=rate, alpha=self.alpha, gap=self.gap,
         )  # fmt: skip

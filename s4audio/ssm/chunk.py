@@ -213,7 +213,7 @@ def powers(system: DiagonalSystem, exponents: Tensor) -> tuple[Tensor, Tensor]:
 def carry_over(system: DiagonalSystem | DPLRSystem, length: int) -> Carry:
     """The carry over `length` samples."""
     if isinstance(system, DPLRSystem):
-        return Carry(torch.linalg.matrix_power(system.A_bar, length).mT, None)
+        return Carry(torch.linalg.matrix_power(system.A_bar, length).mT.repeat(_copies(system), 1, 1), None)
     re, im = powers(system, torch.tensor([length], dtype=torch.float64, device=system.C.device))
     return Carry(re[..., 0], im[..., 0] if system.C.is_complex() else None)
 
@@ -242,45 +242,62 @@ def diagonal_operators(system: DiagonalSystem, T: int, dtype: torch.dtype) -> Op
 
 
 def dense_operators(system: DPLRSystem, T: int, dtype: torch.dtype) -> Operators:
-    """The operators of DPLR S4, by doubling."""
-    C = 2 * real_vector(system.C.conj())
+    """The operators of DPLR S4, by doubling; channels that share their matrices share the work."""
+    H, copies = len(system.A_bar), _copies(system)
+    C = 2 * real_vector(system.C.conj()).unflatten(0, (copies, H)).transpose(0, 1)
     K, P, Q, A_T, _ = _dense_operators(system.A_bar, system.B_bar, C, T, dtype == torch.float64)
     if not (system.A_bar.requires_grad or system.B_bar.requires_grad):
         P, A_T = P.detach(), A_T.detach()
+    if copies > 1:
+        P, A_T = P.repeat(copies, 1, 1), A_T.repeat(copies, 1, 1)
+    K, Q = (v.transpose(0, 1).flatten(0, 1) for v in (K, Q))
     return Operators(toeplitz(K), P, Q.mT, Carry(A_T, None))
+
+
+def _copies(system: DPLRSystem) -> int:
+    """How many channels share a matrix: 2 if both directions do."""
+    return len(system.C) // len(system.A_bar)
 
 
 @torch.library.custom_op("s4audio::dense_operators", mutates_args=())
 def _dense_operators(A: Tensor, B: Tensor, C: Tensor, T: int, exact: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """K (H, T), P and Q^T (H, T, S), the carry A^T transposed (H, S, S) float64, and the powers A^1, A^2, A^4, ...
+    """What a chunk of T samples does, for R vectors C that read the same states.
 
-    From A (H, S, S), B and C (H, S), float64: rows A^j B of P and C A^(j+1) of Q^T for j < 2w are those for j < w and the
-    same times A^w. Only A is squared in float64: its rounding would come back in every chunk, that of P and Q does not.
-    All but the carry is float32, unless exact.
+    Args:
+        A: (H, S, S) float64.
+        B: (H, S) float64.
+        C: (H, R, S) float64.
+        T: a power of two.
+        exact: all in float64; else only the squares of A, whose rounding would come back in every chunk.
 
-    One operation with its gradient below: autograd would add up what each power gets from its three uses in as many passes.
+    Returns:
+        K (H, R, T), P (H, T, S) and Q^T (H, R, T, S) in float32 or float64, the carry A^T transposed (H, S, S) float64, and
+        the powers A^1, A^2, A^4, … (levels, H, S, S), for the gradient.
+
+    Rows A^j B of P and C A^(j+1) of Q^T for j < 2w are those for j < w, and the same times A^w. One operation with its
+    gradient below: autograd would add up what each power gets from its three uses in as many passes.
     """
     dtype = torch.float64 if exact else torch.float32
-    H, S, _ = A.shape
-    P, Q = A.new_empty(H, T, S, dtype=dtype), A.new_empty(H, T, S, dtype=dtype)
+    H, R, S = C.shape
+    P, Q = A.new_empty(H, T, S, dtype=dtype), A.new_empty(H, R, T, S, dtype=dtype)
     powers = A.new_empty(T.bit_length() - 1, H, S, S, dtype=dtype)
     P[:, T - 1] = B  # the latest sample has decayed least
-    Q[:, 0] = (C.unsqueeze(-2) @ A).squeeze(-2)
+    Q[:, :, 0] = torch.bmm(C, A)
     for k, power in enumerate(powers):
         w = 2**k
         power.copy_(A)
         P[:, T - 2 * w : T - w] = torch.bmm(P[:, T - w :], power.mT)
-        Q[:, w : 2 * w] = torch.bmm(Q[:, :w], power)
+        Q[:, :, w : 2 * w] = torch.bmm(Q[:, :, :w].flatten(1, 2), power).unflatten(1, (R, w))
         A = torch.bmm(A, A)
-    K = torch.bmm(P, C.to(dtype).unsqueeze(-1)).squeeze(-1).flip(-1)
+    K = torch.bmm(C.to(dtype), P.mT).flip(-1)
     return K, P, Q, A.mT.contiguous(), powers
 
 
 @_dense_operators.register_fake
 def _(A, B, C, T, exact):
     dtype = torch.float64 if exact else torch.float32
-    H, S, _ = A.shape
-    K, P, Q = A.new_empty(H, T, dtype=dtype), A.new_empty(H, T, S, dtype=dtype), A.new_empty(H, T, S, dtype=dtype)
+    H, R, S = C.shape
+    K, P, Q = (A.new_empty(shape, dtype=dtype) for shape in ((H, R, T), (H, T, S), (H, R, T, S)))
     return K, P, Q, A.new_empty(H, S, S), A.new_empty(T.bit_length() - 1, H, S, S, dtype=dtype)
 
 
@@ -296,24 +313,25 @@ def _dense_gradient(
     A, B, C, P, Q, powers = ctx.saved_tensors
     T, dtype = P.shape[1], P.dtype
     C = C.to(dtype)
-    dK = P.new_zeros(P.shape[:2]) if dK is None else dK
-    dP, dQ = (torch.zeros_like(P) if gradient is None else gradient for gradient in (dP, dQ))
+    dK = Q.new_zeros(Q.shape[:3]) if dK is None else dK.flip(-1)
+    dP = torch.zeros_like(P) if dP is None else dP
+    dQ = torch.zeros_like(Q) if dQ is None else dQ
     dA_T = torch.zeros_like(A) if dA_T is None else dA_T
-    dC = torch.bmm(dK.flip(-1).unsqueeze(-2), P).squeeze(-2)
-    dP = dP + dK.flip(-1).unsqueeze(-1) * C.unsqueeze(-2)
+    dC = torch.bmm(dK, P)
+    dP = torch.baddbmm(dP, dK.mT, C)
     dA = dA_T.mT.to(dtype)
     for k in reversed(range(len(powers))):
         w, power = 2**k, powers[k]
         dP, later_P, early_P = dP[:, w:], dP[:, :w], P[:, T - w :]
-        dQ, early_Q, later_Q = dQ[:, :w], Q[:, :w], dQ[:, w:]
+        dQ, early_Q, later_Q = dQ[:, :, :w], Q[:, :, :w].flatten(1, 2), dQ[:, :, w:].flatten(1, 2)
         squared = torch.bmm(dA, power.mT) if dpowers is None else torch.baddbmm(dpowers[k], dA, power.mT)
         dA = torch.baddbmm(squared, power.mT, dA)
         dA = torch.baddbmm(torch.baddbmm(dA, later_P.mT, early_P), early_Q.mT, later_Q)
         dP = torch.baddbmm(dP, later_P, power)
-        dQ = torch.baddbmm(dQ, later_Q, power.mT)
-    dB, dQ = dP[:, 0], dQ[:, 0]
-    dA = dA + C.unsqueeze(-1) * dQ.unsqueeze(-2)
-    dC = dC + torch.bmm(A.to(dtype), dQ.unsqueeze(-1)).squeeze(-1)
+        dQ = torch.baddbmm(dQ.flatten(1, 2), later_Q, power.mT).unflatten(1, dQ.shape[1:3])
+    dB, dQ = dP[:, 0], dQ[:, :, 0]
+    dA = torch.baddbmm(dA, C.mT, dQ)
+    dC = torch.baddbmm(dC, dQ, A.to(dtype).mT)
     return dA.to(A.dtype), dB.to(B.dtype), dC.to(A.dtype), None, None
 
 

@@ -16,7 +16,10 @@ from s4audio.ssm.discretize import DENSE, check_discretization
 
 
 class DPLRSystem(NamedTuple):
-    """[Re x, Im x]_k = A_bar [Re x, Im x]_{k-1} + B_bar u_k, y_k = 2 Re(C x_k), one channel a row."""
+    """[Re x, Im x]_k = A_bar [Re x, Im x]_{k-1} + B_bar u_k, y_k = 2 Re(C x_k), one channel a row.
+
+    C may have twice the rows, of which the last H share the matrices of the first: a system that runs both ways.
+    """
 
     A_bar: Tensor  # (H, N, N) float64
     B_bar: Tensor  # (H, N) float64

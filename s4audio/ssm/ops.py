@@ -81,6 +81,25 @@ def run(system: System, u: Tensor, state: Tensor | None = None, D: Tensor | None
     return _run(system, u, state, D)
 
 
+def both_ways(system: System, C: Tensor) -> System:
+    """Twice the channels of a system, forward and then backward in time, for `run_both_ways`; C (2 H, N/2) differs."""
+    C = C.to(system.C.dtype)
+    if isinstance(system, DPLRSystem):  # whose matrices stay those of one direction, for both
+        return system._replace(C=C)
+    log_A_bar, B_bar = (torch.cat([value, value]) for value in (system.log_A_bar, system.B_bar))
+    return system._replace(log_A_bar=log_A_bar, B_bar=B_bar, C=C)
+
+
+def _of_each_channel(system: System) -> System:
+    """The system with matrices for every channel, also where two channels share them."""
+    if isinstance(system, DiagonalSystem) or len(system.A_bar) == len(system.C):
+        return system
+    A_bar, B_bar, Lambda, P, B, dt = (
+        torch.cat([v, v]) for v in (system.A_bar, system.B_bar, system.Lambda, system.P, system.B, system.dt)
+    )
+    return system._replace(A_bar=A_bar, B_bar=B_bar, Lambda=Lambda, P=P, B=B, dt=dt)
+
+
 def run_both_ways(system: System, u: Tensor, D: Tensor | None = None) -> Tensor:
     """What a system of 2 H channels makes of u (batch, H, L): the first H forward in time plus the others backward.
 
@@ -99,6 +118,8 @@ def run_both_ways(system: System, u: Tensor, D: Tensor | None = None) -> Tensor:
 
 def _run(system: System, u: Tensor, state: Tensor | None, D: Tensor | None) -> tuple[Tensor, Tensor]:
     name = _backend
+    if name == "reference" or system.gap is not None:
+        system = _of_each_channel(system)
     if name != "reference" and _in_forward_mode():
         raise RuntimeError("the engine has no forward-mode derivatives; take them within s4audio.backend('reference').")
     with torch.autocast(u.device.type, enabled=False):
@@ -155,7 +176,7 @@ def step(system: System, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError("a system with one gap per sample varies in time and has no step of its own; use run.")
     with torch.autocast(u.device.type, enabled=False):
         working = u if u.dtype == torch.float64 else u.float()
-        y, x = reference.step(system, working[..., 0], _to_real(system, state, working, working.dtype))
+        y, x = reference.step(_of_each_channel(system), working[..., 0], _to_real(system, state, working, working.dtype))
         return y.unsqueeze(-1).to(u.dtype), _to_state(system, x)
 
 
@@ -173,6 +194,7 @@ def kernel(system: System, length: int) -> Tensor:
         impulse = torch.zeros(1, system.C.shape[0], length, dtype=system.C.real.dtype, device=system.C.device)
         impulse[..., 0] = 1
         return run(system, impulse)[0][0]
+    system = _of_each_channel(system)
     if isinstance(system, DiagonalSystem):
         return reference.vandermonde_kernel(system, length)
     K = reference.dense_kernel(system, length) if system.alpha is None else reference.cauchy_kernel(system, length)

@@ -80,7 +80,9 @@ class ClassificationTask(TrainingTask):
             self.check_finite(loss, {"cross_entropy": loss}, step)
         loss = found["cross_entropy"].clone()
         self.unchecked = loss.detach(), self.global_step
-        self.log_dict({"train/loss": loss.detach(), "train/accuracy": found["accuracy"].detach().clone()})
+        trainer: Any = self.trainer
+        if (self.global_step + 1) % trainer.log_every_n_steps == 0:  # when the logger writes: logging costs as much
+            self.log_dict({"train/loss": loss.detach(), "train/accuracy": found["accuracy"].detach().clone()})
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

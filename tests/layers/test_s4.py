@@ -27,6 +27,12 @@ def test_bidirectional_is_one_direction_plus_the_reversed_other(layer):
     u = torch.randn(2, 3, 100, dtype=torch.float64)
     expected = ahead(u) + back(u.flip(-1)).flip(-1) + both.D[:, None] * u
     torch.testing.assert_close(both(u), expected, rtol=0, atol=1e-12)
+    with ssm.backend("reference"):
+        torch.testing.assert_close(both(u), expected, rtol=0, atol=1e-10)
+        kernels = ssm.kernel(both.system(), 20)
+    torch.testing.assert_close(
+        kernels, torch.cat([ssm.kernel(one.system(), 20) for one in (ahead, back)]), rtol=0, atol=1e-10
+    )
 
 
 def test_step_sizes_start_between_their_bounds():

@@ -360,13 +360,13 @@ def test_scan_has_first_and_second_derivatives(form, num_chunks, monkeypatch):
 @pytest.mark.parametrize("T", [1, 2, 4, 8])
 def test_dense_operators_are_powers_and_have_first_and_second_derivatives(T):
     A = 0.5 * torch.randn(2, 3, 3, dtype=torch.float64)
-    B, C = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    B, C = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 2, 3, dtype=torch.float64)
     K, P, Q, A_T, _ = chunk._dense_operators(A, B, C, T, True)
     for j in range(T):
         power = torch.linalg.matrix_power(A, j)
         torch.testing.assert_close(P[:, T - 1 - j], (power @ B.unsqueeze(-1))[..., 0])
-        torch.testing.assert_close(Q[:, j], (C.unsqueeze(-2) @ A @ power)[:, 0])
-        torch.testing.assert_close(K[:, j], (C.unsqueeze(-2) @ power @ B.unsqueeze(-1))[:, 0, 0])
+        torch.testing.assert_close(Q[:, :, j], C @ A @ power)
+        torch.testing.assert_close(K[..., j], (C @ power @ B.unsqueeze(-1))[..., 0])
     torch.testing.assert_close(A_T, torch.linalg.matrix_power(A, T).mT)
     inputs = [v.requires_grad_() for v in (A, B, C)]
 
