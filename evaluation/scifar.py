@@ -21,7 +21,7 @@ import torch
 import yaml
 
 from s4audio import checkpoint
-from s4audio.cli.fit_images import accuracy_of
+from s4audio.cli.fit_images import accuracy_by_class, accuracy_of
 from s4audio.cli.info import memories
 from s4audio.cli.run_page import read_curves
 from s4audio.data import ImageSequences, read_images
@@ -59,7 +59,7 @@ def score(run: Path, data: str, device: str) -> dict[str, Any]:
         "recipe": name, "seed": int(seed), "test_accuracy": accuracy, "standard_error": error,
         "valid_accuracy": training["scores"]["valid/accuracy"],
         "train_accuracy": statistics.fmean(curves["train/accuracy"][1][-50:]),
-        "per_class": dict(zip(images.classes, (matrix.diagonal() / matrix.sum(1)).tolist(), strict=True)),
+        "per_class": accuracy_by_class(matrix, images.classes),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "epochs": round(last["steps"] * batch_size / training["train_images"], 1), "best_step": training["steps"],
         "wall_seconds": last["wall_seconds"], "images_a_second": last["steps"] * batch_size / last["wall_seconds"],

@@ -13,7 +13,7 @@ import time
 import torch
 
 from s4audio import checkpoint
-from s4audio.cli.fit_images import accuracy_of
+from s4audio.cli.fit_images import accuracy_by_class, accuracy_of
 from s4audio.data import ImageSequences, read_images
 from s4audio.tasks.classification import confusion_matrix
 
@@ -49,8 +49,8 @@ def main() -> None:
                 f"{part.stop:,} images: {share:.2%} right, {1e3 * seconds / part.stop:.1f} ms an image, {left:.0f} s left",
                 flush=True,
             )
-    for name, of, right in zip(images.classes, matrix.sum(1).tolist(), matrix.diagonal().tolist(), strict=True):
-        print(f"  {name:12} {right / of if of else 0:.1%}")
+    for name, right in accuracy_by_class(matrix, images.classes).items():
+        print(f"  {name:12} {right:.1%}")
     share, error = accuracy_of(matrix)
     print(f"accuracy {100 * share:.2f} % ± {100 * error:.2f}")
 

@@ -45,7 +45,7 @@ def split(job: str) -> tuple[str, dict[str, str], str, str]:
 def start(job: str, index: int, args: argparse.Namespace) -> tuple[str, subprocess.Popen[bytes]]:
     """The run's name, and `s4audio fit` on it in a process of its own."""
     recipe, changes, seed, device = split(job)
-    name = f"{job.partition('@')[0].rpartition(':')[0]}_{seed}"
+    name = f"{job.partition('@')[0].rpartition(':')[0]}_{seed}".replace("/", "-")
     command = [sys.executable, "-m", "s4audio", "fit", "--config", f"recipes/{recipe}.yaml", "--out", f"{args.out}/{name}"]
     command += ["--seed_everything", seed, *args.options]
     for key, value in changes.items():

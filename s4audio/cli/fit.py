@@ -70,11 +70,12 @@ def fit(arguments: list[str]) -> None:
     print(*kind.announce(cli.datamodule), sep="\n")
     recipe = yaml.safe_load(cli.parser.dump(cli.config, skip_validation=True))
     if resume.exists():
-        steps = _steps_of(resume)
+        steps, stopped_early = _progress_of(resume)
         _refuse_another_recipe(recipe, out / "recipe.yaml")
         print(f"{out} holds a run of {steps} steps; going on from there to {cli.trainer.max_steps}.")
-        if 0 <= cli.trainer.max_steps <= steps:
-            print("It is finished; nothing was changed. A larger --trainer.max_steps extends it.")
+        if stopped_early or 0 <= cli.trainer.max_steps <= steps:
+            extended = "It stopped early, when it gained no more" if stopped_early else "A larger --steps extends it"
+            print(f"It is finished; nothing was changed. {extended}.")
             if not (out / PAGE).exists():
                 kind.finish(out, cli.datamodule)
             return
@@ -226,14 +227,16 @@ def _recipe_cli(arguments: list[str]) -> Any:
         raise ValueError(f"the recipe or an option is refused: {_innermost(error)}{_hint(error, arguments)}") from error
 
 
-def _steps_of(trainer_checkpoint: Path) -> int:
-    """How many steps the run has made.
+def _progress_of(trainer_checkpoint: Path) -> tuple[int, bool]:
+    """How many steps the run has made, and whether early stopping has ended it.
 
     Raises:
         ValueError: the file is not a trainer's checkpoint.
     """
     try:
-        return int(torch.load(trainer_checkpoint, weights_only=True, map_location="cpu")["global_step"])
+        state = torch.load(trainer_checkpoint, weights_only=True, map_location="cpu")
+        stopping = (of for name, of in state["callbacks"].items() if name.startswith("EarlyStopping"))
+        return int(state["global_step"]), any(of["wait_count"] >= of["patience"] for of in stopping)
     except Exception as error:  # whatever a damaged file makes of the unpickler
         raise ValueError(
             f"{trainer_checkpoint} is damaged ({type(error).__name__}), so this run cannot go on. Its models are in best "
@@ -261,7 +264,7 @@ def _refuse_another_recipe(recipe: dict[str, Any], stored: Path) -> None:
 
 def _first_difference(before: Any, now: Any, key: str) -> str | None:
     if isinstance(before, dict) and isinstance(now, dict):
-        keys = {**before, **now}.keys() - SPEED_KEYS
+        keys = before.keys() - SPEED_KEYS  # what a later version has added stands at its default
         differences = (_first_difference(before.get(k), now.get(k), f"{key}.{k}") for k in sorted(keys))
         return next((difference for difference in differences if difference), None)
     return None if before == now else key

@@ -1,5 +1,6 @@
 """What `s4audio fit` checks, says and shows when it trains a classifier of images read as sequences."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ def check(model: Any, data: Any) -> None:
             f"the images have {data.channels} channels and the model reads {model.d_input} (d_input); "
             "data.init_args.grey makes them 1, and else they are 3."
         )
+    patch = getattr(model, "patch", 1)
+    if data.size % patch:
+        raise ValueError(f"images of {data.size} x {data.size} pixels do not divide into patches of {patch} x {patch}.")
 
 
 def prepare(model: Any, data: ImageSequences) -> None:
@@ -78,7 +82,7 @@ def finish(out: Path, data: ImageSequences) -> list[str]:
         ("", ""), ("test", f"{accuracy:.2%} ± {error:.2%} of {len(test.labels):,} images (± is the standard error)"),
         *describe(model), *describe_training(training),
     ]  # fmt: skip
-    each = dict(zip(test.classes, (matrix.diagonal() / matrix.sum(1)).tolist(), strict=True))
+    each = accuracy_by_class(matrix, test.classes)
     sections = [
         Section("The model", table=facts),
         training_section(out),
@@ -95,6 +99,12 @@ def finish(out: Path, data: ImageSequences) -> list[str]:
     lead = "A classifier that reads images pixel by pixel, and how well it tells those apart that it was not trained on."
     write_page(out / PAGE, f"The run {out.name}", lead, sections)
     return [f"test:     {accuracy:.2%} ± {error:.2%} of {len(test.labels):,} images", *stopped(out)]
+
+
+def accuracy_by_class(matrix: Tensor, classes: Sequence[str]) -> dict[str, float]:
+    """The share of each class that is right, of those that there are images of."""
+    of_class = zip(classes, matrix.diagonal().tolist(), matrix.sum(1).tolist(), strict=True)
+    return {name: right / number for name, right, number in of_class if number}
 
 
 def accuracy_of(matrix: Tensor) -> tuple[float, float]:

@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -265,10 +264,14 @@ def _read_container(file: Path) -> Images:
     try:
         with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as content:
             jpeg, offsets, labels = content["jpeg"], content["offsets"].astype(np.int64), content["labels"].astype(np.int64)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # whatever a damaged file makes of the readers
         raise ImageError(
             f"{file} is damaged or no container of images ({error}); wanted arrays jpeg, offsets and labels."
         ) from error
+    if not jpeg.ndim == offsets.ndim == labels.ndim == 1 or jpeg.dtype != np.uint8:
+        raise ImageError(
+            f"{file} is no container of images: jpeg must be a row of uint8, offsets and labels rows of numbers."
+        )
     if len(offsets) != len(labels) + 1 or len(labels) == 0 or (np.diff(offsets) <= 0).any() or offsets[-1] > len(jpeg):
         raise ImageError(
             f"{file} is truncated: {len(labels)} labels, {len(offsets)} offsets up to {offsets[-1] if len(offsets) else 0}, "
@@ -296,14 +299,14 @@ def _read_folder(folder: Path) -> Images:
 
 def _decode(sources: Iterator[Any], where: str) -> Tensor:
     """(n, 3, height, width) uint8, images of one size."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     images: list[np.ndarray] = []
     for source in sources:
         try:
             with Image.open(io.BytesIO(source)) as image:
                 images.append(np.asarray(image.convert("RGB")))
-        except (UnidentifiedImageError, OSError) as error:
+        except Exception as error:  # whatever a damaged file makes of the decoders
             raise ImageError(f"image {len(images)} of {where} cannot be read ({error}).") from error
         if images[-1].shape != images[0].shape:
             (height, width), (first_height, first_width) = images[-1].shape[:2], images[0].shape[:2]

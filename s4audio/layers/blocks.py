@@ -33,6 +33,8 @@ class ChannelNorm(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """(B, C, L) -> (B, C, L), in the precision of u; of half precision it is computed in float32."""
+        if u.dim() != 3 or u.shape[1] != len(self.weight):
+            raise ValueError(f"u has shape {tuple(u.shape)}; wanted (batch, {len(self.weight)}, length).")
         if ops.fuses(u) and fused.takes(u):
             return fused.channel_norm(u, self.weight, self.bias, EPSILON)
         exact = u if u.dtype == torch.float64 else u.float()

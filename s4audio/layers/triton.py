@@ -92,7 +92,7 @@ def _tile(u, index, u_b, u_c, channels, length, C: tl.constexpr, T: tl.constexpr
     num_tiles = tl.cdiv(length, T)
     b, t = (index // num_tiles).to(tl.int64), (index % num_tiles) * T + tl.arange(0, T)
     c = tl.arange(0, C)
-    return u + b * u_b + c[:, None] * u_c + t[None, :], (c < channels)[:, None] & (t < length)[None, :]
+    return u + b * u_b + c.to(tl.int64)[:, None] * u_c + t[None, :], (c < channels)[:, None] & (t < length)[None, :]
 
 
 @triton.jit

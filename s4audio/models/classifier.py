@@ -145,6 +145,8 @@ class PatchS4Model(Classifier):
         d_state: int = 64,
         dropout: float = 0.0,
     ) -> None:
+        if patch < 1:
+            raise ValueError(f"patch is {patch}; wanted at least 1 pixel.")
         if d_model % 2:
             raise ValueError(f"d_model is {d_model}; wanted an even number, half of which the first convolution makes.")
         blocks = (BLOCKS["spectral"](S4D(d_model, d_state), dropout=dropout) for _ in range(num_layers))

@@ -11,7 +11,8 @@ each chunk,
 
 costs O(L (T + 2 S)) multiply-adds and O(L) memory: no kernel of length L, no Vandermonde matrix, no FFT, and no complex
 number after the operators are made (autocast, torch.compile and export want none). S is the real size of the state:
-[Re x, Im x]. The operators come from the parameters by ordinary autograd, in float64 (they are small), and are cast last.
+[Re x, Im x]. The operators of S4D come from the parameters by ordinary autograd, in float64, and are cast last; they are
+small.
 
 Source: ours; the chunk-wise form of a linear recurrence is the one of Dao and Gu 2024, "Transformers are SSMs".
 """
@@ -214,7 +215,7 @@ def carry_over(system: DiagonalSystem | DPLRSystem, length: int) -> Carry:
     """The carry over `length` samples."""
     if isinstance(system, DPLRSystem):
         return Carry(torch.linalg.matrix_power(system.A_bar, length).mT.repeat(_copies(system), 1, 1), None)
-    re, im = powers(system, torch.tensor([length], dtype=torch.float64, device=system.C.device))
+    re, im = powers(system, torch.full((1,), length, dtype=torch.float64, device=system.C.device))
     return Carry(re[..., 0], im[..., 0] if system.C.is_complex() else None)
 
 

@@ -72,7 +72,7 @@ def run(system: System, u: Tensor, state: Tensor | None = None, D: Tensor | None
         y (batch, H, L) in u's dtype, and the state after the last sample.
 
     Raises:
-        ValueError: u or state has the wrong shape or kind, or the system has one gap per sample and not L of them.
+        ValueError: u, state or D has the wrong shape or kind, or the system has one gap per sample and not L of them.
         RuntimeError: the backend in force is `triton`, and it cannot run this; the message says why.
     """
     _check_input(system, u)
@@ -110,13 +110,19 @@ def run_both_ways(system: System, u: Tensor, D: Tensor | None = None) -> Tensor:
         RuntimeError: as `run`.
     """
     _check_input(system, u, directions=2)
-    if system.gap is None and _runs_fused(_backend, system, u):
+    if system.gap is not None:
+        raise ValueError(
+            "a system with one gap per sample varies in time, and has no backward direction of its own; use run."
+        )
+    if _runs_fused(_backend, system, u):
         return _run(system, u, None, D)[0]
     ahead, back = run(system, torch.cat([u, u.flip(-1)], dim=1))[0].chunk(2, dim=1)
     return _skip(ahead + back.flip(-1), u, D)
 
 
 def _run(system: System, u: Tensor, state: Tensor | None, D: Tensor | None) -> tuple[Tensor, Tensor]:
+    if D is not None and tuple(D.shape) != u.shape[1:2]:
+        raise ValueError(f"D has shape {tuple(D.shape)}; wanted ({u.shape[1]},).")
     name = _backend
     if name == "reference" or system.gap is not None:
         system = _of_each_channel(system)

@@ -131,7 +131,8 @@ def run(system: DiagonalSystem | DPLRSystem, u: Tensor, x: Tensor, D: Tensor | N
         return y, after
     D = None if D is None else D.float()
     log_A_bar, B, C = (
-        torch.view_as_real(v) for v in (system.log_A_bar, system.B_bar.to(torch.complex64), system.C.to(torch.complex64))
+        torch.view_as_real(v.resolve_conj())
+        for v in (system.log_A_bar, system.B_bar.to(torch.complex64), system.C.to(torch.complex64))
     )
     if not system.C.is_complex():
         x = torch.cat([x, torch.zeros_like(x)], dim=-1)

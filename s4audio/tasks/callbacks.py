@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from torch import Tensor
+from torch import Tensor, nn
 
 from s4audio import checkpoint
 from s4audio.tasks.training import DivergenceError
@@ -59,7 +59,10 @@ class RunFolder(lightning.Callback):
         )
         if not trainer.sanity_checking and better:
             self.best = score
+            _refuse_not_finite(task.scored_model, trainer.global_step)
             checkpoint.save(task.scored_model, self.out / "best", self._record(trainer))
+        if not trainer.sanity_checking and self.saved_at == trainer.global_step:  # saved before this validation
+            self._save(trainer, task)
 
     def on_train_end(self, trainer: lightning.Trainer, task: Any) -> None:
         self._save(trainer, task)
@@ -79,11 +82,7 @@ class RunFolder(lightning.Callback):
         self.cuda_random_state = state_dict.get("cuda_random_state")
 
     def _save(self, trainer: lightning.Trainer, task: Any) -> None:
-        if not all(torch.isfinite(parameter).all() for parameter in task.model.parameters()):
-            raise DivergenceError(
-                f"the weights are no longer finite numbers at step {trainer.global_step}; the files of the last save are "
-                "from before. Try a smaller lr or ssm_lr, more warmup_steps, or trainer.gradient_clip_val 1.0."
-            )
+        _refuse_not_finite(task.model, trainer.global_step)
         self.saved_at = trainer.global_step
         checkpoint.save(task.scored_model, self.out / "last", self._record(trainer))
         path, temporary = self.out / TRAINER_CHECKPOINT, self.out / f".{TRAINER_CHECKPOINT}"
@@ -109,6 +108,19 @@ class RunFolder(lightning.Callback):
             "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
             "scores": {name: float(value) for name, value in trainer.callback_metrics.items()},
         }
+
+
+def _refuse_not_finite(model: nn.Module, step: int) -> None:
+    """Files hold numbers, or stay those of the last save.
+
+    Raises:
+        DivergenceError: a weight is no finite number.
+    """
+    if not all(torch.isfinite(parameter).all() for parameter in model.parameters()):
+        raise DivergenceError(
+            f"the weights are no longer finite numbers at step {step}; the files of the last save are from before. "
+            "Try a smaller lr or ssm_lr, more warmup_steps, or trainer.gradient_clip_val 1.0."
+        )
 
 
 class Progress(lightning.Callback):

@@ -81,11 +81,14 @@ class ClassificationTask(TrainingTask):
         loss = found["cross_entropy"].clone()
         self.unchecked = loss.detach(), self.global_step
         trainer: Any = self.trainer
-        if (self.global_step + 1) % trainer.log_every_n_steps == 0:  # when the logger writes: logging costs as much
+        every = trainer.log_every_n_steps
+        if every and (self.global_step + 1) % every == 0:  # when the logger writes: it costs time
             self.log_dict({"train/loss": loss.detach(), "train/accuracy": found["accuracy"].detach().clone()})
         return loss
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """A step, and the average of the weights after it; before any callback saves them."""
+        super().optimizer_step(*args, **kwargs)
         if self.average:
             self.average.update_parameters(self.model)
 
@@ -102,7 +105,8 @@ class ClassificationTask(TrainingTask):
     def on_validation_epoch_end(self) -> None:
         right = self.confusion.diagonal()
         self.log("valid/accuracy", right.sum() / self.confusion.sum())
-        self.log("valid/worst_class", (right / self.confusion.sum(1).clamp_min(1)).min())
+        number = self.confusion.sum(1)
+        self.log("valid/worst_class", torch.where(number > 0, right / number.clamp_min(1), torch.ones_like(right)).min())
 
 
 def count_pairs(logits: Tensor, label: Tensor) -> Tensor:

@@ -82,13 +82,17 @@ class TrainingTask(lightning.LightningModule):
     def on_fit_start(self) -> None:
         losses: Any = self.losses
         self._losses: Losses = torch.compile(losses, dynamic=False) if self.compile_losses else losses
+        self.graph = None
+
+    def on_fit_end(self) -> None:
+        self.graph = None  # its memory, and that of weights which may move
 
     def captured_losses(self, *batch: Tensor) -> dict[str, Tensor]:
         """`losses`, from a CUDA graph where there is one."""
         alone = self.trainer.accumulate_grad_batches == 1 and self.trainer.world_size == 1
         if self.graph is None and self.cuda_graph and batch[0].is_cuda and alone:
             self.graph = LossGraph(self.model, self._losses, batch)
-        if self.graph is not None and self.graph.shapes == [part.shape for part in batch]:
+        if alone and self.graph is not None and self.graph.shapes == [part.shape for part in batch]:
             return self.graph(*batch)
         return self._losses(*batch)
 

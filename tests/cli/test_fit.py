@@ -128,6 +128,7 @@ def test_the_best_model_survives_a_resume_from_before_it(tmp_path):
     )  # fmt: skip
     task = types.SimpleNamespace(scored_model=model, best_score="valid/loss", higher_is_better=False)
     keeper.on_train_start(trainer, task)
+    keeper.saved_at = 0
     keeper.on_validation_end(trainer, task)
     assert read_config(out / "best")["training"]["scores"] == {"valid/loss": 1.0}
     trainer.callback_metrics = {"valid/loss": torch.tensor(0.5)}

@@ -2,8 +2,10 @@
 
 import io
 import json
+import types
 from pathlib import Path
 
+import lightning
 import numpy as np
 import pytest
 import torch
@@ -12,9 +14,10 @@ from PIL import Image
 
 from s4audio.checkpoint import load, read_config
 from s4audio.cli import main
-from s4audio.tasks import ClassificationTask, DivergenceError
+from s4audio.tasks import ClassificationTask, DivergenceError, RunFolder
 from s4audio.tasks.classification import confusion_matrix
 from tests.cli.commands import refused
+from tests.cli.test_fit import Crash, with_callback
 
 SIZE, COLOURS = 8, {"blue": (20, 40, 220), "green": (30, 200, 50), "red": (220, 30, 40)}
 RECIPE = {
@@ -98,6 +101,75 @@ def test_it_goes_on_as_if_it_had_never_stopped(recipe, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("options", [[], ["--trainer.accumulate_grad_batches", "2"]], ids=["plain", "accumulated"])
+def test_a_crash_after_a_save_loses_neither_the_average_nor_a_validation(recipe, tmp_path, monkeypatch, options):
+    options = ["--model.init_args.ema_decay", "0.9", "--save_every", "8", *options]
+    assert fit(recipe, tmp_path / "whole", *options) == 0
+    monkeypatch.setattr(lightning.Trainer, "fit", with_callback(Crash(10 * (2 if len(options) > 4 else 1))))
+    assert fit(recipe, tmp_path / "crashed", *options) == 1
+    monkeypatch.undo()
+    state = torch.load(tmp_path / "crashed" / "trainer.ckpt", weights_only=True)
+    assert state["global_step"] == 8 and state["state_dict"]["average.n_averaged"] == 8  # once a step, not once a batch
+    assert fit(recipe, tmp_path / "crashed", *options) == 0
+    weights = [(tmp_path / run / "last" / "model.safetensors").read_bytes() for run in ("whole", "crashed")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_run_that_stopped_early_is_finished_and_counts_every_validation(recipe, tmp_path, capsys, monkeypatch):
+    content = yaml.safe_load(recipe.read_text())
+    stopping = {"monitor": "valid/accuracy", "mode": "max", "patience": 2, "min_delta": 1.0}
+    content["trainer"]["callbacks"] = [{"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": stopping}]
+    recipe.write_text(yaml.safe_dump(content))
+    options = ["--steps", "100", "--save_every", "8"]  # a save and a validation at the same step
+    monkeypatch.setattr(lightning.Trainer, "fit", with_callback(Crash(18)))
+    assert fit(recipe, tmp_path / "run", *options) == 1
+    monkeypatch.undo()
+    assert fit(recipe, tmp_path / "run", *options) == 0
+    assert read_config(tmp_path / "run" / "last")["training"]["steps"] == 24
+    capsys.readouterr()
+    before = (tmp_path / "run" / "last" / "model.safetensors").read_bytes()
+    assert fit(recipe, tmp_path / "run", *options) == 0
+    assert "It is finished; nothing was changed. It stopped early" in capsys.readouterr().out
+    assert (tmp_path / "run" / "last" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_run_of_an_earlier_version_goes_on(recipe, tmp_path):
+    assert fit(recipe, tmp_path / "run", "--steps", "4") == 0
+    stored = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    del stored["model"]["init_args"]["schedule"]
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(stored))
+    assert fit(recipe, tmp_path / "run", "--steps", "6") == 0
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_class_without_test_images_is_left_out(recipe, images, tmp_path, capsys):
+    (tmp_path / "fewer").mkdir()
+    (tmp_path / "fewer" / "train").symlink_to(images / "train")
+    for name in COLOURS:
+        (tmp_path / "fewer" / "test" / name).mkdir(parents=True)
+    (tmp_path / "fewer" / "test" / "red" / "0.png").symlink_to(images / "test" / "red" / "0.png")
+    assert fit(recipe, tmp_path / "run", "--root", str(tmp_path / "fewer"), "--trainer.log_every_n_steps", "0") == 0
+    assert "test:     100.00% ± 0.00% of 1 images" in capsys.readouterr().out
+
+
+def test_a_model_that_is_no_number_is_never_the_best(tmp_path):
+    from s4audio import S4Model
+
+    model = S4Model(1, 2, 4, 1, d_state=4)
+    with torch.no_grad():
+        model.head.weight[0, 0] = float("nan")
+    trainer = types.SimpleNamespace(
+        global_step=3, sanity_checking=False, callback_metrics={"valid/accuracy": torch.tensor(0.9)}
+    )
+    task = types.SimpleNamespace(scored_model=model, best_score="valid/accuracy", higher_is_better=True)
+    with pytest.raises(DivergenceError, match="weights are no longer finite numbers at step 3"):
+        RunFolder(tmp_path, 10, {}).on_validation_end(trainer, task)
+    assert not (tmp_path / "best").exists()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_average_of_the_weights_is_what_is_saved(recipe, tmp_path):
     assert fit(recipe, tmp_path / "plain", "--steps", "4") == 0
     assert fit(recipe, tmp_path / "average", "--steps", "4", "--model.init_args.ema_decay", "0.999") == 0
@@ -118,6 +190,12 @@ def test_wrong_input_ends_in_a_sentence_and_status_2(recipe, tmp_path, capsys):
     assert "label_smoothing is 1.0; wanted at least 0 and below 1" in told("--model.init_args.label_smoothing", "1")
     assert "schedule is 'line'; choose one of cosine, one_cycle" in told("--model.init_args.schedule", "line")
     assert "block is 'odd'; choose one of filter" in told("--model.init_args.model.init_args.block", "odd")
+    content = yaml.safe_load(recipe.read_text())
+    patches = {"d_input": 3, "num_classes": 3, "d_model": 4, "num_layers": 1, "patch": 3}
+    content["model"]["init_args"]["model"] = {"class_path": "s4audio.models.PatchS4Model", "init_args": patches}
+    recipe.write_text(yaml.safe_dump(content))
+    assert "images of 8 x 8 pixels do not divide into patches of 3 x 3" in told()
+    assert "patch is 0; wanted at least 1" in told("--model.init_args.model.init_args.patch", "0")
     assert not (tmp_path / "run").exists()
 
 

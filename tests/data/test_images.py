@@ -28,10 +28,10 @@ def encoded(pixels: np.ndarray, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def make_container(file: Path, labels: list[int], **changes) -> None:
-    files = [encoded(picture(label, index), "JPEG") for index, label in enumerate(labels)]
+def make_container(file: Path, of_images: list[int], **changes) -> None:
+    files = [encoded(picture(label, index), "JPEG") for index, label in enumerate(of_images)]
     offsets = np.cumsum([0, *map(len, files)]).astype(np.uint32)
-    content = {"jpeg": np.frombuffer(b"".join(files), np.uint8), "offsets": offsets, "labels": np.array(labels, np.uint8)}
+    content = {"jpeg": np.frombuffer(b"".join(files), np.uint8), "offsets": offsets, "labels": np.array(of_images, np.uint8)}
     np.savez(file, **{**content, **changes})
 
 
@@ -142,6 +142,13 @@ def test_what_cannot_be_read_is_refused_with_a_sentence(tmp_path, root):
     refused("is truncated: .* up to 1000000")
     make_container(file, [0, 1], offsets=np.array([0, 10, 20], np.uint32))
     refused("image 0 of .* cannot be read")
+    make_container(file, [0, 1], labels=np.array(3))
+    refused("is no container of images: jpeg must be a row of uint8")
+    np.savez_compressed(file, jpeg=np.zeros(1000, np.uint8), offsets=np.zeros(2), labels=np.zeros(1))
+    damaged = bytearray(file.read_bytes())
+    damaged[60:80] = bytes(20)
+    file.write_bytes(damaged)
+    refused("damaged or no container")
     file.write_bytes(file.read_bytes()[:300])
     refused("damaged or no container")
     (root / "train" / "bird" / "odd.png").write_bytes(encoded(np.zeros((4, 6, 3), np.uint8), "PNG"))

@@ -70,6 +70,13 @@ def test_fused_channel_norm_takes_what_is_strided_and_refuses_second_derivatives
         first.sum().backward()
 
 
+@pytest.mark.parametrize("name", ["chunk", "triton"])
+@pytest.mark.parametrize("shape", [(2, 3, 7), (2, 7, 7), (5, 7)])
+def test_channel_norm_refuses_other_channels(name, shape):
+    with backend(name), pytest.raises(ValueError, match=r"u has shape .*; wanted \(batch, 5, length\)"):
+        ChannelNorm(5).to(DEVICE)(torch.randn(shape, device=DEVICE))
+
+
 def test_feed_forward_is_two_linear_maps_around_a_shortcut():
     block = FeedForward(4, expand=3)
     norm, wide, _, _, back = block.inner

@@ -360,6 +360,37 @@ def test_discretization_in_one_kernel_equals_the_formulas(discretization, size):
         assert error(value, wanted[name]) < (1e-12 if name == "log_A_bar" else 2e-7), name
 
 
+def test_the_layer_discretizes_in_one_kernel(monkeypatch):
+    calls = []
+    real = fused.discretize
+    monkeypatch.setattr(fused, "discretize", lambda *args: calls.append(args) or real(*args))
+    with backend("triton"):
+        S4D(2, 4).to(DEVICE)(torch.randn(1, 2, 20, device=DEVICE))
+    assert len(calls) == 1
+    with backend("chunk"):
+        S4D(2, 4).to(DEVICE)(torch.randn(1, 2, 20, device=DEVICE))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("name", ["triton", "chunk"])
+def test_a_skip_term_of_another_size_is_refused_and_a_conjugate_is_taken(name):
+    values = {key: cast(value, torch.float32).to(DEVICE) for key, value in parameters("diagonal", "lin", 2, 8).items()}
+    u = torch.randn(1, 2, 20, device=DEVICE)
+    with backend(name):
+        system = diagonal_system(**values)
+        for shape in ((), (1,), (4,), (2, 1)):
+            with pytest.raises(ValueError, match=r"D has shape .*; wanted \(2,\)"):
+                run(system, u, D=torch.ones(shape, device=DEVICE))
+        wanted = run(system._replace(C=system.C.conj().resolve_conj()), u)[0]
+        assert torch.equal(run(system._replace(C=system.C.conj()), u)[0], wanted)
+
+
+def test_gaps_have_no_backward_direction():
+    system = discretize(parameters("diagonal", "lin", 4, 8), "async", torch.float32, gap=torch.ones(5))
+    with pytest.raises(ValueError, match="no backward direction"):
+        ops.run_both_ways(system, torch.ones(1, 2, 5))
+
+
 def test_discretization_keeps_a_gap_and_leaves_other_precisions_to_pytorch(monkeypatch):
     values = parameters("diagonal", "lin", 2, 4)
     single = {name: cast(value, torch.float32).to(DEVICE) for name, value in values.items()}

@@ -5,6 +5,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from torch.nn.utils import parameters_to_vector
 
 from s4audio import CausalAutoencoder, ConvVAE
 from s4audio.models import PatchS4Model, S4Model
@@ -50,7 +51,9 @@ def classifying(index: int, **options) -> ClassificationTask:
 
 
 def images() -> torch.utils.data.DataLoader:
-    batches = [(torch.rand(8, 3, 256), torch.randint(10, (8,))) for _ in range(11)]
+    """Batches whose label is the brightness, which a few steps learn."""
+    labels = [torch.arange(8) % 10 for _ in range(11)]
+    batches = [(0.1 * torch.rand(8, 3, 256) + 0.1 * label.view(8, 1, 1), label) for label in labels]
     return torch.utils.data.DataLoader(batches, batch_size=None)
 
 
@@ -64,11 +67,13 @@ def test_on_the_cpu_the_options_change_nothing():
 
 
 def compare(plain: TrainingTask, task: TrainingTask, batches: Any, **options) -> None:
+    """What 11 steps change is the same."""
+    start = parameters_to_vector(plain.scored_model.parameters()).detach().clone()
     wanted, found = (train(each, batches, 11, **options) for each in (plain, task))
-    assert task.graph is not None and plain.graph is None
     assert found == pytest.approx(wanted, rel=2e-3)
-    ours, theirs = (torch.nn.utils.parameters_to_vector(t.scored_model.parameters()) for t in (task, plain))
-    assert (ours - theirs).norm() < 0.01 * theirs.norm()
+    ours, theirs = (parameters_to_vector(t.scored_model.parameters()).cpu() - start for t in (task, plain))
+    assert theirs.norm() > 0
+    assert (ours - theirs).norm() < 0.1 * theirs.norm()
 
 
 @pytest.mark.gpu
@@ -87,20 +92,22 @@ def test_gpu_the_graph_trains_the_same_classifier(index):
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_gpu_the_graph_holds_a_compiled_model_in_bfloat16():
+def test_gpu_the_graph_holds_a_compiled_model_in_bfloat16(monkeypatch):
     batches = images()
+    captured = []
+    real = LossGraph.__call__
+    monkeypatch.setattr(LossGraph, "__call__", lambda self, *batch: captured.append(self) or real(self, *batch))
     wanted = train(classifying(0, cuda_graph=False), batches, 11)
-    task = classifying(0, compile=True)
-    assert train(task, batches, 11, precision="bf16-mixed") == pytest.approx(wanted, rel=0.1)
-    assert task.graph is not None
+    assert not captured
+    assert train(classifying(0, compile=True), batches, 11, precision="bf16-mixed") == pytest.approx(wanted, rel=0.02)
+    assert len(captured) == 11
 
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_gpu_accumulated_gradients_are_not_captured():
-    task = generative(0)
-    train(task, clips(16, 4096), 2, accumulate_grad_batches=2)
-    assert task.graph is None
+def test_gpu_accumulated_gradients_are_not_captured(monkeypatch):
+    monkeypatch.setattr(LossGraph, "__call__", None)
+    train(generative(0), clips(16, 4096), 2, accumulate_grad_batches=2)
 
 
 @pytest.mark.gpu
