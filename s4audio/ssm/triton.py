@@ -14,8 +14,8 @@ fixed order: the same gradients every time.
 
 The samples after the last whole chunk are a chunk of their own with the last rows of P and their own carry, `rest`.
 
-Backward in time, for the second half of the channels of a layer that runs both ways, the same kernels take the chunks from the
-end and the operators mirrored (REVERSE), and add to the y and du that are there: nothing is turned over in memory.
+Backward in time, for the second half of the channels of a layer that runs both ways, the same kernels take the chunks from
+the end and the operators mirrored (REVERSE), and add to the y and du that are there: nothing is turned over in memory.
 
 Sums and states are float32. Products of float32 are three TF32 products forward (2^-22: values as exact as float32 is) and
 three bfloat16 products backward ("bf16x3": each factor is split into a high and a low part of 8 bits, 2^-17), which take
