@@ -2,6 +2,8 @@
 
 import io
 import itertools
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -160,3 +162,28 @@ def test_holding_out_everything_or_keeping_nothing_is_refused(root):
         ImageSequences(str(root), SIZE, valid_images=40).setup()
     with pytest.raises(ImageError, match=r"fraction 0\.001 of 38 training images is none"):
         ImageSequences(str(root), SIZE, valid_images=2, fraction=0.001).setup()
+
+
+def test_the_original_is_read_by_torchvision_which_is_asked_for_if_it_is_missing(tmp_path, monkeypatch):
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+    with pytest.raises(ImageError, match="read by torchvision: pip install torchvision"):
+        read_images(tmp_path, "train", 4)
+
+    class Original:  # what torchvision's has
+        def __init__(self, root, train, download):
+            assert root == tmp_path and not download
+            if not train:
+                raise RuntimeError("Dataset not found or corrupted.")
+            self.data, self.targets, self.classes = (
+                np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3),
+                [1, 0],
+                ["a", "b"],
+            )
+
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", types.SimpleNamespace(CIFAR10=Original))
+    images = read_images(tmp_path, "train", 4)
+    assert images.labels.tolist() == [1, 0] and images.classes == ("a", "b")
+    assert images.pixels[1, :, 5].tolist() == [48 + 15, 48 + 16, 48 + 17]  # row 1, column 1
+    with pytest.raises(ImageError, match="cannot be read or fetched: Dataset not found or corrupted"):
+        read_images(tmp_path, "test", 4)
