@@ -42,7 +42,11 @@ class Classifier(nn.Module):
     def forward(self, u: Tensor) -> Tensor:
         """(B, d_input, L) -> (B, num_classes)"""
         u = (u - self.input_mean.unsqueeze(-1)) / self.input_std.unsqueeze(-1)
-        return self.head(self.trunk(u).mean(-1))
+        return self.head(self.trunk(self.embed(u)).mean(-1))
+
+    def embed(self, u: Tensor) -> Tensor:
+        """The normalized inputs as the trunk reads them: as they are, here."""
+        return u
 
 
 class S4Model(Classifier):
@@ -156,14 +160,12 @@ class PatchS4Model(Classifier):
             nn.Conv2d(d_input, d_model // 2, 3, padding=1), nn.GELU(), nn.Conv2d(d_model // 2, d_model, patch, patch)
         )
 
-    def forward(self, u: Tensor) -> Tensor:
-        """(B, d_input, side * side) -> (B, num_classes), for a side that is a multiple of `patch`"""
+    def embed(self, u: Tensor) -> Tensor:
+        """(B, d_input, side * side) -> (B, d_model, patches), for a side that is a multiple of `patch`"""
         side = round(u.shape[-1] ** 0.5)
         if side * side != u.shape[-1] or side % self.patch:
             raise ValueError(
                 f"the sequences have {u.shape[-1]} pixels; wanted those of a square image whose side is a multiple of "
                 f"{self.patch}."
             )
-        u = (u - self.input_mean.unsqueeze(-1)) / self.input_std.unsqueeze(-1)
-        patches = self.stem(u.unflatten(-1, (side, side))).flatten(-2)
-        return self.head(self.trunk(patches).mean(-1))
+        return self.stem(u.unflatten(-1, (side, side))).flatten(-2)
