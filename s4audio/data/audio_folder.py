@@ -115,7 +115,7 @@ class AudioFolder(lightning.LightningDataModule):
     def _loader(self, clips: Any, sampler: Sampler[int] | None = None) -> DataLoader:
         return DataLoader(
             clips, self.batch_size, sampler=sampler, collate_fn=pad_batch, num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
+            persistent_workers=self.num_workers > 0, pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
 
     def _read(self, files: list[Path]) -> dict[str, Tensor]:

@@ -58,7 +58,6 @@ class ClassificationTask(TrainingTask):
         classes = self.model.num_classes
         self.confusion: Tensor
         self.register_buffer("confusion", torch.zeros(classes, classes), persistent=False)
-        self.unchecked: tuple[Tensor, int] | None = None
 
     @property
     def scored_model(self) -> Any:
@@ -74,12 +73,8 @@ class ClassificationTask(TrainingTask):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """One batch of sequences (B, channels, L) and labels (B,)."""
         found = self.captured_losses(*batch)
-        # The loss of the step before: to look at this one now would make the GPU wait for the next.
-        if self.unchecked is not None:
-            loss, step = self.unchecked
-            self.check_finite(loss, {"cross_entropy": loss}, step)
         loss = found["cross_entropy"].clone()
-        self.unchecked = loss.detach(), self.global_step
+        self.check_finite(loss, {"cross_entropy": loss.detach()})
         trainer: Any = self.trainer
         every = trainer.log_every_n_steps
         if every and (self.global_step + 1) % every == 0:  # when the logger writes: it costs time

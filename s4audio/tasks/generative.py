@@ -47,15 +47,12 @@ class GenerativeTask(TrainingTask):
 
         Raises:
             ValueError: a weight or a warm-up is given for a loss that the model does not have.
-            DivergenceError: a loss is not a finite number.
         """
         for argument, named in (("loss_weights", self.loss_weights), ("loss_warmup_steps", self.loss_warmup_steps)):
             unknown = set(named) - set(losses)
             if unknown:
                 raise ValueError(f"{argument} names {sorted(unknown)}, but the model has the losses {sorted(losses)}.")
-        total = torch.stack([self._weight(name, step) * loss for name, loss in losses.items()]).sum()
-        self.check_finite(total, losses, self.global_step)
-        return total
+        return torch.stack([self._weight(name, step) * loss for name, loss in losses.items()]).sum()
 
     def _weight(self, name: str, step: int | None) -> float:
         warmup = self.loss_warmup_steps.get(name, 0)
@@ -66,7 +63,9 @@ class GenerativeTask(TrainingTask):
         """One batch of clips (B, 1, T)."""
         losses = self.captured_losses(batch)
         total = self.total_loss(losses, self.global_step)
-        self.log_dict({f"train/{name}": loss.detach().clone() for name, loss in losses.items()})
+        kept = {name: loss.detach().clone() for name, loss in losses.items()}
+        self.check_finite(total, kept)
+        self.log_dict({f"train/{name}": loss for name, loss in kept.items()})
         self.log("train/loss", total.detach())
         return total
 

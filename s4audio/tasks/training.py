@@ -61,6 +61,7 @@ class TrainingTask(lightning.LightningModule):
         self.lr, self.ssm_lr, self.weight_decay, self.betas = lr, ssm_lr, weight_decay, betas
         self.cuda_graph, self.compile_losses = cuda_graph, compile
         self.graph: LossGraph | None = None
+        self.unchecked: tuple[Any, ...] | None = None  # the last step's loss, on its way to the CPU
 
     @abstractmethod
     def losses(self, *batch: Tensor) -> dict[str, Tensor]:
@@ -82,7 +83,7 @@ class TrainingTask(lightning.LightningModule):
     def on_fit_start(self) -> None:
         losses: Any = self.losses
         self._losses: Losses = torch.compile(losses, dynamic=False) if self.compile_losses else losses
-        self.graph = None
+        self.graph = self.unchecked = None
 
     def on_fit_end(self) -> None:
         self.graph = None  # its memory, and that of weights which may move
@@ -96,13 +97,26 @@ class TrainingTask(lightning.LightningModule):
             return self.graph(*batch)
         return self._losses(*batch)
 
-    def check_finite(self, total: Tensor, losses: dict[str, Tensor], step: int) -> None:
-        """Refuse to go on with a loss that is no number.
+    def check_finite(self, total: Tensor, losses: dict[str, Tensor]) -> None:
+        """Refuse to go on with a loss that is no number; on a GPU at the next step, since to look now would be to wait.
 
         Raises:
             DivergenceError: names the loss and the step.
         """
-        if not torch.isfinite(total):
+        if not total.is_cuda:
+            self._refuse(bool(torch.isfinite(total)), total, losses, self.global_step)
+            return
+        if self.unchecked is not None:
+            finite, copied, *told = self.unchecked
+            copied.synchronize()
+            self._refuse(bool(finite), *told)
+        finite = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(torch.isfinite(total), non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        self.unchecked = finite, copied, total.detach(), losses, self.global_step
+
+    def _refuse(self, finite: bool, total: Tensor, losses: dict[str, Tensor], step: int) -> None:
+        if not finite:
             culprit = next((name for name, loss in losses.items() if not torch.isfinite(loss)), "sum")
             raise DivergenceError(
                 f"the {culprit} loss is {float(losses.get(culprit, total))} at step {step}. The last checkpoint "

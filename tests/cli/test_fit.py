@@ -220,7 +220,7 @@ def test_wrong_recipes_end_in_a_sentence_and_status_2(capsys, folder, tmp_path):
 def test_divergence_stops_with_the_step_and_the_term():
     task = GenerativeTask(S4DAutoencoder(3000))
     with pytest.raises(DivergenceError, match=r"the mse loss is nan at step 0.*try a smaller lr"):
-        task.total_loss({"mse": torch.tensor(float("nan"))})
+        task.check_finite(torch.tensor(float("nan")), {"mse": torch.tensor(float("nan"))})
     with pytest.raises(ValueError, match=r"loss_weights names \['stft'\], but the model has the losses \['mse'\]"):
         GenerativeTask(S4DAutoencoder(3000), loss_weights={"stft": 1.0}).total_loss({"mse": torch.tensor(1.0)})
 

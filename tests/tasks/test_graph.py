@@ -9,7 +9,7 @@ from torch.nn.utils import parameters_to_vector
 
 from s4audio import CausalAutoencoder, ConvVAE
 from s4audio.models import PatchS4Model, S4Model
-from s4audio.tasks import ClassificationTask, GenerativeTask, TrainingTask
+from s4audio.tasks import ClassificationTask, DivergenceError, GenerativeTask, TrainingTask
 from s4audio.tasks.graph import LossGraph
 
 
@@ -101,6 +101,15 @@ def test_gpu_the_graph_holds_a_compiled_model_in_bfloat16(monkeypatch):
     assert not captured
     assert train(classifying(0, compile=True), batches, 11, precision="bf16-mixed") == pytest.approx(wanted, rel=0.02)
     assert len(captured) == 11
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_gpu_a_loss_that_is_no_number_ends_the_training_at_the_next_step():
+    batches = [(torch.rand(8, 3, 256), torch.arange(8)) for _ in range(6)]
+    batches[3][0][0, 0, 0] = float("nan")
+    with pytest.raises(DivergenceError, match="the cross_entropy loss is nan at step 3"):
+        train(classifying(0), torch.utils.data.DataLoader(batches, batch_size=None), 6)
 
 
 @pytest.mark.gpu
