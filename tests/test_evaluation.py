@@ -159,4 +159,4 @@ def test_classifiers_are_scored_checked_and_drawn(tmp_path):
     assert checked.splitlines()[-1] == "accuracy 100.00 % ± 0.00"
     command = [sys.executable, "evaluation/scifar_check.py", str(next(out.glob("*/best"))), str(tmp_path / "nowhere")]
     refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert refused.returncode == 2 and "does not exist; give a folder" in refused.stderr
+    assert refused.returncode == 2 and "does not exist; give --root FOLDER" in refused.stderr

@@ -43,6 +43,11 @@ Everything in a recipe can be set by its path, as in --model.init_args.lr 0.001;
 
 The run folder gets best and last (models), report.html (a page to see and hear), TensorBoard's files and the recipe.
 Ctrl-C stops; the same command goes on. `s4audio fit --help-all` lists every key that exists."""
+DATA_HINTS = {  # options that are right for the other kind of data
+    "train": "; images are given with --root FOLDER",
+    "valid": "; images are given with --root FOLDER",
+    "root": "; recordings are given with --train FOLDER",
+}
 SPEED_KEYS = {"cuda_graph", "compile"}  # of a recipe: they change how fast it trains, not what
 
 
@@ -279,6 +284,8 @@ def _hint(error: BaseException, arguments: list[str]) -> str:
     if not refused or not recipe:
         return ""
     word = (refused[1] or refused[2]).split(".")[0]
+    if word in DATA_HINTS:
+        return DATA_HINTS[word]
     near = difflib.get_close_matches(word, [*_keys(yaml.safe_load(Path(recipe).read_text())), "valid", "steps"], 1)
     return f"; did you mean {near[0]}?" if near and near[0] != word else ""
 

@@ -227,9 +227,10 @@ def read_images(root: str | Path, split: str, size: int, download: bool = False)
     elif (root / split).is_dir():
         images = _read_folder(root / split)
     else:
-        what = "does not exist" if not root.exists() else f"has no {split}.npz, no folder {split} and no {ORIGINAL}"
+        what = "does not exist" if not root.exists() else "holds no data set of images"
         raise ImageError(
-            f"{root} {what}; give a folder with one of them, or fetch CIFAR-10 into it with --data.init_args.download true."
+            f"{root} {what}; give --root FOLDER with {split}.npz, a folder {split} or {ORIGINAL} in it, or fetch CIFAR-10 "
+            "into it with --data.init_args.download true."
         )
     pixels, labels, classes = images
     height, width = pixels.shape[-2:]

@@ -181,7 +181,8 @@ def test_wrong_input_ends_in_a_sentence_and_status_2(recipe, tmp_path, capsys):
     def told(*options: str) -> str:
         return refused(capsys, "fit", "--config", str(recipe), "--out", str(tmp_path / "run"), *options)
 
-    assert "nowhere does not exist; give a folder" in told("--data.init_args.root", "nowhere")
+    assert "nowhere does not exist; give --root FOLDER" in told("--root", "nowhere")
+    assert "'train' is not accepted; images are given with --root FOLDER" in told("--train", "nowhere")
     assert "are 8 x 8 pixels; wanted 16 x 16" in told("--data.init_args.size", "16")
     assert "fraction is 0.0; wanted above 0" in told("--data.init_args.fraction", "0")
     assert "fraction is 1.2; wanted above 0" in told("--data.init_args.fraction", "1.2")

@@ -129,9 +129,9 @@ def test_what_cannot_be_read_is_refused_with_a_sentence(tmp_path, root):
         with pytest.raises(ImageError, match=match):
             read_images(where, split, size, **options)
 
-    refused("does not exist; give a folder")
+    refused("does not exist; give --root FOLDER")
     (tmp_path / "bad").mkdir()
-    refused("has no train.npz, no folder train and no cifar-10-batches-py")
+    refused("holds no data set of images; give --root FOLDER with train.npz, a folder train or cifar-10-batches-py")
     refused("images in .* are 8 x 8 pixels; wanted 32 x 32", root, size=32)
     file = tmp_path / "bad" / "train.npz"
     file.write_bytes(b"not a container")
