@@ -59,17 +59,28 @@ def images() -> torch.utils.data.DataLoader:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_on_the_cpu_the_options_change_nothing():
+def test_on_the_cpu_the_options_change_nothing(captured):
     batches = clips(8, 512)
-    task, again = generative(0, cuda_graph=False), generative(0)
-    plain, graphed = train(task, batches, 2, "cpu"), train(again, batches, 2, "cpu")
-    assert task.graph is None and again.graph is None and plain == graphed
+    plain, graphed = (train(task, batches, 2, "cpu") for task in (generative(0, cuda_graph=False), generative(0)))
+    assert plain == graphed and not captured
 
 
-def compare(plain: TrainingTask, task: TrainingTask, batches: Any, **options) -> None:
-    """What 11 steps change is the same."""
+@pytest.fixture
+def captured(monkeypatch) -> list[LossGraph]:
+    """Grows by one whenever a graph is replayed."""
+    replayed: list[LossGraph] = []
+    real = LossGraph.__call__
+    monkeypatch.setattr(LossGraph, "__call__", lambda self, *batch: replayed.append(self) or real(self, *batch))
+    return replayed
+
+
+def compare(plain: TrainingTask, task: TrainingTask, batches: Any, captured: list[LossGraph], replays: int) -> None:
+    """What 11 steps change is the same, `replays` of them in a graph."""
     start = parameters_to_vector(plain.scored_model.parameters()).detach().clone()
-    wanted, found = (train(each, batches, 11, **options) for each in (plain, task))
+    wanted = train(plain, batches, 11)
+    assert not captured
+    found = train(task, batches, 11)
+    assert len(captured) == replays
     assert found == pytest.approx(wanted, rel=2e-3)
     ours, theirs = (parameters_to_vector(t.scored_model.parameters()).cpu() - start for t in (task, plain))
     assert theirs.norm() > 0
@@ -79,24 +90,22 @@ def compare(plain: TrainingTask, task: TrainingTask, batches: Any, **options) ->
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("index", [0, 1])
-def test_gpu_the_graph_trains_the_same_generator(index):
-    compare(generative(index, cuda_graph=False), generative(index), clips(42, 4096))  # the last batch is smaller: no graph
+def test_gpu_the_graph_trains_the_same_generator(index, captured):
+    batches = clips(42, 4096)  # the last of eleven is smaller, and not in the graph
+    compare(generative(index, cuda_graph=False), generative(index), batches, captured, 10)
 
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("index", [0, 1])
-def test_gpu_the_graph_trains_the_same_classifier(index):
-    compare(classifying(index, cuda_graph=False), classifying(index), images())
+def test_gpu_the_graph_trains_the_same_classifier(index, captured):
+    compare(classifying(index, cuda_graph=False), classifying(index), images(), captured, 11)
 
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_gpu_the_graph_holds_a_compiled_model_in_bfloat16(monkeypatch):
+def test_gpu_the_graph_holds_a_compiled_model_in_bfloat16(captured):
     batches = images()
-    captured = []
-    real = LossGraph.__call__
-    monkeypatch.setattr(LossGraph, "__call__", lambda self, *batch: captured.append(self) or real(self, *batch))
     wanted = train(classifying(0, cuda_graph=False), batches, 11)
     assert not captured
     assert train(classifying(0, compile=True), batches, 11, precision="bf16-mixed") == pytest.approx(wanted, rel=0.02)
