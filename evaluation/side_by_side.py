@@ -5,9 +5,9 @@
     python evaluation/side_by_side.py --out RUNS scifar_study_1:0 scifar_study_1,discretization=bilinear:0 -- --root FOLDER
 
 Each run is a recipe, what is changed in it (an argument of the model, or a whole path such as data.init_args.fraction), and
-its seed; it goes to RUNS/RECIPE,CHANGES_SEED. What follows -- is given to each `s4audio fit`. After --minutes all are
-stopped as by Ctrl-C, and the same command goes on where they were: for machines that are lent by the quarter of an hour.
-What a run prints is in its log beside it. Exit status 1 if a run failed.
+its seed; it goes to RUNS/RECIPE,CHANGES_SEED. What follows -- is given to each `s4audio fit`. All run at the same time, or
+--at_once of them. After --minutes all are stopped as by Ctrl-C, and the same command goes on where they were: for machines
+that are lent by the quarter of an hour. What a run prints is in its log beside it. Exit status 1 if a run failed.
 """
 
 import argparse
@@ -57,7 +57,9 @@ def start(job: str, index: int, args: argparse.Namespace) -> tuple[str, subproce
     if device == "cpu" or not torch.cuda.is_available():
         command += ["--trainer.accelerator", "cpu"]
     else:
-        environment["CUDA_VISIBLE_DEVICES"] = str(index % torch.cuda.device_count())
+        given = os.environ.get("CUDA_VISIBLE_DEVICES")
+        devices = given.split(",") if given else [str(device) for device in range(torch.cuda.device_count())]
+        environment["CUDA_VISIBLE_DEVICES"] = devices[index % len(devices)]
     with open(Path(args.out) / f"{name}.log", "ab") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
     return name, process
@@ -73,6 +75,7 @@ def main() -> int:
     parser.add_argument("jobs", nargs="+", metavar="RECIPE[,KEY=VALUE...]:SEED[@cpu]")
     parser.add_argument("--out", required=True, help="folder of the runs")
     parser.add_argument("--minutes", type=float, help="stop after this long; the same command goes on")
+    parser.add_argument("--at_once", type=int, help="runs at the same time; without it, all")
     parser.add_argument("--steps", type=int, help="length of every run, in place of the recipe's")
     given = sys.argv[1:]
     end = given.index("--") if "--" in given else len(given)
@@ -86,17 +89,25 @@ def main() -> int:
     Path(args.out).mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     on_gpu = [job for job in args.jobs if not job.endswith("@cpu")]
-    runs = dict(start(job, on_gpu.index(job) if job in on_gpu else 0, args) for job in args.jobs)
+    waiting, runs = list(args.jobs), {}
     try:
-        while any(process.poll() is None for process in runs.values()):
-            time.sleep(0.5)
+        while waiting or any(process.poll() is None for process in runs.values()):
             if args.minutes and time.monotonic() - began > 60 * args.minutes:
                 break
+            running = sum(process.poll() is None for process in runs.values())
+            if waiting and (not args.at_once or running < args.at_once):
+                job = waiting.pop(0)
+                name, process = start(job, on_gpu.index(job) if job in on_gpu else 0, args)
+                runs[name] = process
+            else:
+                time.sleep(0.5)
     finally:
         for process in runs.values():
             if process.poll() is None:
                 process.send_signal(signal.SIGINT)
         codes = {name: process.wait() for name, process in runs.items()}
+    for job in waiting:
+        print(f"{job}: not begun")
     for name, code in codes.items():
         state = {0: "finished", 130: "stopped"}.get(code, f"failed with status {code}")
         print(f"{name}: {state}", *last_lines(Path(args.out) / f"{name}.log", 2), sep="\n  ", flush=True)

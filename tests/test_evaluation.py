@@ -122,13 +122,13 @@ def test_runs_side_by_side_stop_and_go_on(tmp_path):
     for number in range(4):
         soundfile.write(folder / f"{number}.wav", 0.3 * np.sin(np.arange(8000) * 0.1 * (number + 1)), 4000)
     common, data = ["--out", str(tmp_path / "runs"), "--steps"], ["--", "--train", str(folder), "--valid", str(folder)]
-    told = run("side_by_side.py", *common, "4", "debug:0", "debug,d_state=4:0@cpu", *data)
+    told = run("side_by_side.py", *common, "4", "--at_once", "1", "debug:0", "debug,d_state=4:0@cpu", *data)
     assert "debug_0: finished" in told and "debug,d_state=4_0: finished" in told
     runs = [tmp_path / "runs" / name for name in ("debug_0", "debug,d_state=4_0")]
     weights = [(folder / "best" / "model.safetensors").read_bytes() for folder in runs]
     assert weights[0] != weights[1]
-    stopped = run("side_by_side.py", *common, "100000", "--minutes", "0.2", "debug:2", *data)
-    assert "debug_2: stopped" in stopped
+    stopped = run("side_by_side.py", *common, "100000", "--minutes", "0.2", "--at_once", "1", "debug:2", "debug:3", *data)
+    assert "debug_2: stopped" in stopped and "debug:3: not begun" in stopped
     command = [sys.executable, "evaluation/side_by_side.py", *common, "4", "nothing:0", *data]
     refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 2 and "'nothing:0' is no run; wanted RECIPE:SEED" in refused.stderr
