@@ -75,10 +75,20 @@ class TrainingTask(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW over two parameter groups, and the schedule."""
         groups = parameter_groups(self.model, self.lr, self.ssm_lr, self.weight_decay)
-        on_gpu = next(self.parameters()).is_cuda and "mixed" not in str(self.trainer.precision)  # it would refuse to clip
-        optimizer = torch.optim.AdamW(groups, betas=self.betas, fused=on_gpu or None)
+        scaled = self.trainer.precision == "16-mixed"  # a fused optimizer unscales gradients itself, after they are clipped
+        fused = next(self.parameters()).is_cuda and not scaled
+        optimizer = torch.optim.AdamW(groups, betas=self.betas, fused=fused or None)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rates)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """As the trainer's own, which refuses a fused optimizer in mixed precision, also where no gradient is scaled."""
+        if gradient_clip_val and gradient_clip_algorithm == "value":
+            nn.utils.clip_grad_value_(self.model.parameters(), gradient_clip_val)
+        elif gradient_clip_val:
+            nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip_val)
 
     def on_fit_start(self) -> None:
         losses: Any = self.losses

@@ -9,7 +9,7 @@ from scipy.linalg import expm
 from scipy.signal import cont2discrete
 
 from s4audio.ssm import DISCRETIZATIONS, diagonal_system, dplr_system, kernel
-from s4audio.ssm.discretize import DENSE, DIAGONAL, expm1_ratio
+from s4audio.ssm.discretize import DENSE, DIAGONAL, expm1_ratio, matrix_exp, matrix_expm1
 from s4audio.ssm.dplr import real_matrix, resolvent
 from tests.ssm.systems import ALPHA, FAMILIES, discretize, error, full_matrices, parameters
 
@@ -87,11 +87,29 @@ def test_diagonal_form_equals_dense_form_of_a_diagonal_matrix(discretization):
     z = torch.tensor(complex_numbers(1e-3), dtype=torch.complex128)
     B, dt = torch.randn_like(z), torch.tensor([0.01], dtype=torch.float64)
     log_A_bar, B_bar = DIAGONAL[discretization](z, B, dt, ALPHA)
-    Z = torch.diag(z)
+    Z = torch.diag(z)[None]
     inverse = lambda alpha: torch.linalg.inv(torch.eye(len(z)) - alpha * Z)  # noqa: E731
-    A_bar_dense, B_bar_dense = DENSE[discretization](Z, inverse, B, dt, ALPHA)
-    assert error(torch.diag(torch.exp(log_A_bar)), A_bar_dense) < 1e-13
-    assert error(B_bar, B_bar_dense) < 1e-13
+    A_bar_dense, B_bar_dense = DENSE[discretization](Z, inverse, B[None], dt, ALPHA)
+    assert error(torch.diag(torch.exp(log_A_bar)), A_bar_dense[0]) < 1e-13
+    assert error(B_bar, B_bar_dense[0]) < 1e-13
+
+
+@pytest.mark.parametrize("dt", [1e-6, 1e-3, 0.1, 5.0])
+def test_matrix_exponential_keeps_the_digits_of_small_and_of_stiff_systems(dt):
+    values = parameters("dplr", "legs", d_state=16)
+    Z = dt * real_matrix(values["A"], values["P"])
+    E = matrix_expm1(Z)
+    with mpmath.workdps(40):
+        exact = mpmath.expm(mpmath.matrix(Z[0].tolist())) - mpmath.eye(Z.shape[-1])
+        assert error(E[0], torch.tensor(exact.tolist(), dtype=torch.float64)) < 1e-14
+    assert error(E, expm(Z.numpy()) - np.eye(Z.shape[-1])) < 1e-9  # where scipy's has lost digits to the 1
+
+
+def test_matrix_exponential_has_the_gradient_of_torchs():
+    Z = torch.randn(3, 5, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn_like(Z)
+    ours, theirs = (torch.autograd.grad((f(Z) * weight).sum(), Z)[0] for f in (matrix_exp, torch.matrix_exp))
+    assert error(ours, theirs) < 1e-13
 
 
 @pytest.mark.parametrize("discretization", [name for name in DISCRETIZATIONS if name != "generalized_bilinear"])

@@ -24,3 +24,16 @@ def test_a_warmed_up_loss_rises_to_its_weight():
 def test_a_loss_that_does_not_exist_is_refused(argument):
     with pytest.raises(ValueError, match=rf"{argument} names \['k1'\], but the model has the losses \['l1'\]"):
         task(**{argument: {"k1": 1}}).total_loss({"l1": torch.tensor(1.0)})
+
+
+@pytest.mark.parametrize("algorithm, size", [("norm", lambda g: g.norm()), ("value", lambda g: g.abs().max()), (None, None)])
+def test_gradients_are_clipped_by_their_norm_or_their_values(algorithm, size):
+    clipping = task()
+    for parameter in clipping.model.parameters():
+        parameter.grad = torch.full_like(parameter, 3.0)
+    clipping.configure_gradient_clipping(None, 0.5 if algorithm else None, algorithm)
+    gradient = torch.cat([parameter.grad.flatten() for parameter in clipping.model.parameters()])
+    if size:
+        assert size(gradient).item() == pytest.approx(0.5, rel=1e-4)
+    else:
+        assert (gradient == 3).all()

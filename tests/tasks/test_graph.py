@@ -46,7 +46,10 @@ def models() -> list[torch.nn.Module]:
 
 def classifying(index: int, **options) -> ClassificationTask:
     torch.manual_seed(1)
-    model = [S4Model(3, 10, 16, 2, block="post_norm", dropout=0.1), PatchS4Model(3, 10, 16, 2, patch=4, dropout=0.1)][index]
+    model = [
+        S4Model(3, 10, 16, 2, block="post_norm", dropout=0.1), PatchS4Model(3, 10, 16, 2, patch=4, dropout=0.1),
+        S4Model(3, 10, 16, 2, layer="S4", d_state=8, discretization="zoh", bidirectional=True, dropout=0.1),
+    ][index]  # fmt: skip
     return ClassificationTask(model, label_smoothing=0.1, ema_decay=0.9, lr=1e-3, **options)
 
 
@@ -97,7 +100,7 @@ def test_gpu_the_graph_trains_the_same_generator(index, captured):
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("index", [0, 1, 2])
 def test_gpu_the_graph_trains_the_same_classifier(index, captured):
     compare(classifying(index, cuda_graph=False), classifying(index), images(), captured, 11)
 
