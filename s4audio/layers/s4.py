@@ -108,9 +108,7 @@ class S4D(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """(B, H, L) -> (B, H, L)"""
-        if self.bidirectional:
-            return ssm.run_both_ways(self.system(), u, self.D)
-        return ssm.run(self.system(), u, D=self.D)[0]
+        return ssm.convolve(self.system(), u, self.D)
 
     def initial_state(self, batch_size: int) -> S4State:
         """The state before the first sample: silence."""

@@ -78,11 +78,19 @@ def run(system: System, u: Tensor, state: Tensor | None = None, D: Tensor | None
     _check_input(system, u)
     if system.gap is not None:
         _check_gaps(system.gap, u)
-    return _run(system, u, state, D)
+    with torch.autocast(u.device.type, enabled=False):
+        dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+        x = _to_real(system, state, u, dtype)
+        if _runs_fused(system, u):
+            _check_skip(u, D)
+            y, x = fused.run(system, u, x, D)
+        else:
+            y, x = _run_plain(system, u, x, D)
+        return y, _to_state(system, x)
 
 
 def both_ways(system: System, C: Tensor) -> System:
-    """Twice the channels of a system, forward and then backward in time, for `run_both_ways`; C (2 H, N/2) differs."""
+    """Twice the channels of a system, forward and then backward in time, for `convolve`; C (2 H, N/2) differs."""
     C = C.to(system.C.dtype)
     if isinstance(system, DPLRSystem):  # whose matrices stay those of one direction, for both
         return system._replace(C=C)
@@ -100,46 +108,54 @@ def _of_each_channel(system: System) -> System:
     return system._replace(A_bar=A_bar, B_bar=B_bar, Lambda=Lambda, P=P, B=B, dt=dt)
 
 
-def run_both_ways(system: System, u: Tensor, D: Tensor | None = None) -> Tensor:
-    """What a system of 2 H channels makes of u (batch, H, L): the first H forward in time plus the others backward.
+def convolve(system: System, u: Tensor, D: Tensor | None = None) -> Tensor:
+    """The system's output from silence: `run` for whoever needs no state, which saves memory and time.
+
+    A system of 2 H channels (`both_ways`) runs over u (batch, H, L) forward in time in the first H, backward in the others,
+    and y is their sum.
 
     Args: u and D as of `run`. Returns y (batch, H, L).
 
     Raises:
-        ValueError: as `run`.
+        ValueError: as `run`; or a system of both ways has one gap per sample, which has no backward direction of its own.
         RuntimeError: as `run`.
     """
-    _check_input(system, u, directions=2)
+    directions = 2 if u.dim() == 3 and system.C.shape[0] == 2 * u.shape[1] else 1
+    _check_input(system, u, directions)
     if system.gap is not None:
-        raise ValueError(
-            "a system with one gap per sample varies in time, and has no backward direction of its own; use run."
-        )
-    if _runs_fused(_backend, system, u):
-        return _run(system, u, None, D)[0]
-    ahead, back = run(system, torch.cat([u, u.flip(-1)], dim=1))[0].chunk(2, dim=1)
-    return _skip(ahead + back.flip(-1), u, D)
+        if directions == 2:
+            raise ValueError(
+                "a system with one gap per sample varies in time, and has no backward direction of its own; run it one way."
+            )
+        _check_gaps(system.gap, u)
+    with torch.autocast(u.device.type, enabled=False):
+        if _runs_fused(system, u):
+            _check_skip(u, D)
+            return fused.convolve(system, u, D)
+        both = torch.cat([u, u.flip(-1)], dim=1) if directions == 2 else u
+        dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+        y = _run_plain(system, both, _to_real(system, None, both, dtype), None)[0]
+        if directions == 2:
+            ahead, back = y.chunk(2, dim=1)
+            y = ahead + back.flip(-1)
+        return _skip(y, u, D)
 
 
-def _run(system: System, u: Tensor, state: Tensor | None, D: Tensor | None) -> tuple[Tensor, Tensor]:
+def _run_plain(system: System, u: Tensor, x: Tensor, D: Tensor | None) -> tuple[Tensor, Tensor]:
+    """By the engine in PyTorch or sample by sample, on the real state (H, batch, S)."""
+    if _backend == "reference" or system.gap is not None:
+        system = _of_each_channel(system)
+    y, x = (reference if _backend == "reference" else chunk).run(system, u.to(x.dtype), x)
+    return _skip(y.to(u.dtype), u, D), x
+
+
+def _check_skip(u: Tensor, D: Tensor | None) -> None:
     if D is not None and tuple(D.shape) != u.shape[1:2]:
         raise ValueError(f"D has shape {tuple(D.shape)}; wanted ({u.shape[1]},).")
-    name = _backend
-    if name == "reference" or system.gap is not None:
-        system = _of_each_channel(system)
-    if name != "reference" and _in_forward_mode():
-        raise RuntimeError("the engine has no forward-mode derivatives; take them within s4audio.backend('reference').")
-    with torch.autocast(u.device.type, enabled=False):
-        dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
-        x = _to_real(system, state, u, dtype)
-        if _runs_fused(name, system, u):
-            y, x = fused.run(system, u, x, D)
-        else:
-            y, x = (reference if name == "reference" else chunk).run(system, u.to(dtype), x)
-            y = _skip(y.to(u.dtype), u, D)
-        return y, _to_state(system, x)
 
 
 def _skip(y: Tensor, u: Tensor, D: Tensor | None) -> Tensor:
+    _check_skip(u, D)
     return y if D is None else torch.addcmul(y, u, D.to(y.dtype).unsqueeze(-1))
 
 
@@ -160,11 +176,18 @@ def fused_refusal(system: System, u: Tensor) -> str | None:
     return "Triton is not installed" if fused is None else fused.refusal(system, u)
 
 
-def _runs_fused(name: str, system: System, u: Tensor) -> bool:
-    if name not in ("auto", "triton") or (name == "auto" and not u.is_cuda) or u.numel() == 0:
+def _runs_fused(system: System, u: Tensor) -> bool:
+    """Whether the fused engine is in force and can run the system on u.
+
+    Raises:
+        RuntimeError: the backend is `triton`, and it cannot; or forward-mode derivatives are asked of an engine.
+    """
+    if _backend != "reference" and _in_forward_mode():
+        raise RuntimeError("the engine has no forward-mode derivatives; take them within s4audio.backend('reference').")
+    if _backend not in ("auto", "triton") or (_backend == "auto" and not u.is_cuda) or u.numel() == 0:
         return False
     refusal = fused_refusal(system, u)
-    if refusal and name == "triton":
+    if refusal and _backend == "triton":
         raise RuntimeError(f"the backend is triton, but {refusal}; use auto or chunk.")
     return refusal is None
 

@@ -37,7 +37,8 @@ from s4audio.ssm.dplr import DPLRSystem
 
 MODES = 32  # modes whose operators a program can hold; a diagonal system of more is walked in parts that add up
 LANES = 16  # rows of a program's products: the fewest that tensor cores take, since registers are what runs out
-FILL = 1584  # programs wanted: twelve for each multiprocessor of an H100
+FILL = 512  # programs wanted: four for each multiprocessor of an H100
+WALKERS = 264  # programs of a gradient, each with sums of its own: as many as an H100 runs at a time
 BLOCK = 512  # numbers that a program sums over programs
 SMALL = 2**22  # numbers of input below which launching kernels costs more than running them
 OPTIONS = {"num_warps": 4, "num_stages": 3}
@@ -84,9 +85,10 @@ def cut(u: Tensor) -> Cut:
     T = min(PRECISION[u.dtype].T, max(16, triton.next_power_of_2(length)))
     num_chunks, rest = divmod(length, T)
     shortest = math.isqrt(num_chunks * _rows_of_sequences(batch) // (4 * LANES))
-    span = max(1, batch * num_chunks * channels // (LANES * FILL), shortest)
-    span = min(span, max(1, num_chunks))
-    return Cut(T, num_chunks, rest, span, max(1, triton.cdiv(num_chunks, span)))
+    rows = batch if batch < LANES else LANES * triton.cdiv(batch, LANES)  # with those that are empty
+    span = max(1, rows * num_chunks * channels // (LANES * FILL), shortest)
+    num_segments = max(1, triton.cdiv(num_chunks, span))
+    return Cut(T, num_chunks, rest, max(1, triton.cdiv(num_chunks, num_segments)), num_segments)
 
 
 def _rows_of_sequences(batch: int) -> int:
@@ -118,49 +120,58 @@ def runs_on(tensor: Tensor) -> bool:
     return not torch.version.hip and torch.cuda.get_device_properties(tensor.device).major >= 8
 
 
-def run(system: DiagonalSystem | DPLRSystem, u: Tensor, x: Tensor, D: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """y (B, H, L) in u's dtype and the final state (H, B, S) from u (B, H, L) and the state x (H, B, S) float32.
+def convolve(system: DiagonalSystem | DPLRSystem, u: Tensor, D: Tensor | None = None) -> Tensor:
+    """y (B, H, L) in u's dtype from u (B, H, L) and silence before it.
 
-    A system of 2 H channels, and x too, runs forward in time in the first H and backward in the others; y is their sum. The
-    skip term D (H,) costs nothing: it is added to the kernel's first tap.
+    A system of 2 H channels runs forward in time in the first H and backward in the others; y is their sum. The skip term
+    D (H,) costs nothing: it is added to the kernel's first tap.
     """
+    return _run(system, u, None, D, False)[0]
+
+
+def run(system: DiagonalSystem | DPLRSystem, u: Tensor, x: Tensor, D: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """y and the final state (H, B, S) from u and the state x (H, B, S) float32, one way; the rest as `convolve`."""
+    return _run(system, u, x, D, True)
+
+
+def _run(
+    system: DiagonalSystem | DPLRSystem, u: Tensor, x: Tensor | None, D: Tensor | None, final: bool
+) -> tuple[Tensor, Tensor]:
     shape = cut(u)
     if isinstance(system, DPLRSystem):
         K, P, Q, carry = dense_operators(system, shape.T)
         if D is not None:
             K = K + torch.nn.functional.pad(D.float().unsqueeze(-1), (0, shape.T - 1, 0, K.shape[0] - D.shape[0]))
         carry_rest = chunk.carry_over(system, shape.rest).re if shape.rest else carry.detach()
-        y, after, _ = walk(u, x, K, P, Q, carry, carry_rest, _trains(u, x, K, P, Q))
+        y, after, _ = walk(u, x, K, P, Q, carry, carry_rest, _trains(u, x, K, P, Q), final)
         return y, after
     D = None if D is None else D.float()
     log_A_bar, B, C = (
         torch.view_as_real(v.resolve_conj())
         for v in (system.log_A_bar, system.B_bar.to(torch.complex64), system.C.to(torch.complex64))
     )
-    if not system.C.is_complex():
+    if x is not None and not system.C.is_complex():
         x = torch.cat([x, torch.zeros_like(x)], dim=-1)
     if C.shape[1] <= MODES:
         operators = diagonal_operators(log_A_bar, B, C, D, shape.T, shape.rest)
-        y, x, _ = walk(u, x, *operators, _trains(u, x, *operators))
+        y, after, _ = walk(u, x, *operators, _trains(u, x, *operators), final)
     else:
-        y, x = _run_in_parts(u, x, log_A_bar, B, C, D, shape)
-    return y, x if system.C.is_complex() else x.chunk(2, dim=-1)[0]
+        y, after = _run_in_parts(u, x, log_A_bar, B, C, D, shape, final)
+    return y, after if system.C.is_complex() else after.chunk(2, dim=-1)[0]
 
 
 def _run_in_parts(
-    u: Tensor, x: Tensor, log_A_bar: Tensor, B: Tensor, C: Tensor, D: Tensor | None, shape: Cut
+    u: Tensor, x: Tensor | None, log_A_bar: Tensor, B: Tensor, C: Tensor, D: Tensor | None, shape: Cut, final: bool
 ) -> tuple[Tensor, Tensor]:
     """A diagonal system is the sum of systems of some of its modes each."""
     outputs: list[Tensor] = []
     states: list[tuple[Tensor, ...]] = []
-    parts = zip(
-        *(v.split(MODES, dim=1) for v in (log_A_bar, B, C)),
-        *(v.split(MODES, dim=-1) for v in x.chunk(2, dim=-1)),
-        strict=True,
-    )
-    for part in parts:
-        operators = diagonal_operators(*part[:3], None if outputs else D, shape.T, shape.rest)
-        y, after, _ = walk(u, torch.cat(part[3:], dim=-1), *operators, _trains(u, x, *operators))
+    parts = list(zip(*(v.split(MODES, dim=1) for v in (log_A_bar, B, C)), strict=True))
+    halves = None if x is None else [v.split(MODES, dim=-1) for v in x.chunk(2, dim=-1)]
+    for index, part in enumerate(parts):
+        operators = diagonal_operators(*part, None if outputs else D, shape.T, shape.rest)
+        before = None if halves is None else torch.cat([half[index] for half in halves], dim=-1)
+        y, after, _ = walk(u, before, *operators, _trains(u, x, *operators), final)
         outputs.append(y)
         states.append(after.chunk(2, dim=-1))
     y = torch.stack(outputs).sum(0, dtype=torch.float32).to(u.dtype)
@@ -173,8 +184,8 @@ def dense_operators(system: DPLRSystem, T: int) -> tuple[Tensor, Tensor, Tensor,
     return operators.toeplitz[:, 0], operators.P, operators.Q, operators.A_T.re
 
 
-def _trains(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+def _trains(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 # ------------------------------------------------------------------------------------------------ discretization of S4D
@@ -592,43 +603,57 @@ def _carry_gradient(dcarry, log, exponent, h, n, modes, N: tl.constexpr):
 
 @torch.library.custom_op("s4audio::walk", mutates_args=())
 def walk(
-    u: Tensor, x: Tensor, K: Tensor, P: Tensor, Q: Tensor, carry: Tensor, carry_rest: Tensor, keep: bool
+    u: Tensor, x: Tensor | None, K: Tensor, P: Tensor, Q: Tensor, carry: Tensor, carry_rest: Tensor, keep: bool, final: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The recurrence of chunk.py over a whole batch.
 
     Args:
         u: (B, H, L) float32, float16 or bfloat16.
-        x: (H, B, S) float32, the state before the first sample; as all that follows it may have 2 H channels, of which the
-            last H run backwards in time.
-        K: (H, T) float32, the kernel's first taps; T is that of `cut`.
+        x: (H, B, S) float32, the state before the first sample; None for silence.
+        K: (H, T) float32, the kernel's first taps; T is that of `cut`. As all that follows and the states it may have 2 H
+            channels, of which the last H run backwards in time.
         P: (H, T, S) float32.
         Q: (H, S, T) float32.
         carry: over T samples, float64: (H, 2, S / 2) the diagonal, or (H, S, S) a matrix applied from the right.
         carry_rest: the same over the samples after the last whole chunk.
         keep: whether the states are needed for a gradient.
+        final: whether the last state is wanted.
 
     Returns:
-        y (B, H, L) in u's dtype, the state after the last sample (H, B, S), and, if kept, the states before each chunk
-        (B, H, M, S), in bfloat16 if that is how they are multiplied.
+        y (B, H, L) in u's dtype; the state after the last sample (H, B, S), if wanted; and, if kept, the states before each
+        chunk (B, H, M, S), but not a first one that is silence, in bfloat16 if that is how they are multiplied.
     """
     with torch.cuda.device_of(u):
-        x, K, P, Q, carry, carry_rest = (v.contiguous() for v in (x, K, P, Q, carry, carry_rest))
-        return _walk(_rows(u), x, K, P, Q, carry, carry_rest, keep)
+        K, P, Q, carry, carry_rest = (v.contiguous() for v in (K, P, Q, carry, carry_rest))
+        return _walk(_rows(u), None if x is None else x.contiguous(), K, P, Q, carry, carry_rest, keep, final)
 
 
 def _walk(
-    u: Tensor, x: Tensor, K: Tensor, P: Tensor, Q: Tensor, carry: Tensor, carry_rest: Tensor, keep: bool
+    u: Tensor, x: Tensor | None, K: Tensor, P: Tensor, Q: Tensor, carry: Tensor, carry_rest: Tensor, keep: bool, final: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, last, X = _empty_walk(u, x, P, keep)
-    H = u.shape[1]
-    for channels in (slice(H), slice(H, None))[: len(K) // H]:
+    y, last, X = _empty_walk(u, x, P, keep, final)
+    for channels in _directions(u, K):
         operators = [v[channels] for v in (K, P, Q, carry, carry_rest)]
-        _walk_one_way(u, y, X[:, channels], x[channels], last[channels], operators, keep, channels.start is not None)
+        states = None if x is None else x[channels], last[channels] if final else None
+        _walk_one_way(u, y, X[:, channels], *states, operators, keep, channels.start is not None)
     return y, last, X
 
 
+def _directions(u: Tensor, K: Tensor) -> tuple[slice, ...]:
+    """The channels that run forward in time and, if there are twice as many as u has, those that run backwards."""
+    H = u.shape[1]
+    return (slice(H),) if len(K) == H else (slice(H), slice(H, None))
+
+
 def _walk_one_way(
-    u: Tensor, y: Tensor, X: Tensor, x: Tensor, last: Tensor, operators: list[Tensor], keep: bool, reverse: bool
+    u: Tensor,
+    y: Tensor,
+    X: Tensor,
+    x: Tensor | None,
+    last: Tensor | None,
+    operators: list[Tensor],
+    keep: bool,
+    reverse: bool,
 ) -> None:
     """Writes y, X and last; reversed in time, adds to y."""
     K, P, Q, carry, carry_rest = operators
@@ -637,35 +662,41 @@ def _walk_one_way(
     S, T = P.shape[-1], shape.T
     common = _constants(S, T, carry, PRECISION[u.dtype].forward) | {"REVERSE": reverse}
     strides = u.stride(0), u.stride(1), y.stride(0), y.stride(1), X.stride(0), X.stride(1)
+    skipped = int(x is None)  # the first state is not kept
     if shape.num_chunks:
         tiles = (triton.cdiv(batch * shape.num_segments, LANES), channels)
         first = length - T if reverse else 0
         starts = x
         if shape.num_segments > 1:
-            sums = x.new_empty(channels, batch * shape.num_segments, S)
+            sums = K.new_empty(channels, batch * shape.num_segments, S)
             _sums[(triton.cdiv(batch * (shape.num_segments - 1), LANES), channels)](
                 u, sums, P, carry, u.stride(0), u.stride(1), batch, shape.num_segments, shape.span, shape.num_chunks, first,
                 S, 1, BACK=False, **common,
             )  # fmt: skip
             starts = _chain(sums, x, carry, shape, batch, back=False)
-        x = torch.empty_like(last) if shape.rest else last
+        x = K.new_empty(channels, batch, S) if shape.rest else last
         _forward[tiles](
-            u, y, X, starts, x, K, P, Q, carry, *strides, batch, shape.num_segments, shape.span, shape.num_chunks, first, T,
-            0, KEEP=keep, **common,
+            u, y, X, *_given(starts, K), *_given(x, K), K, P, Q, carry, *strides, batch, shape.num_segments, shape.span,
+            shape.num_chunks, first, T, -skipped, KEEP=keep, **common,
         )  # fmt: skip
     if shape.rest:
         first = 0 if reverse else shape.num_chunks * T
         _forward[(triton.cdiv(batch, LANES), channels)](
-            u, y, X, x, last, K, P, Q, carry_rest, *strides, batch, 1, 1, 1, first, shape.rest, shape.num_chunks,
-            KEEP=keep, **common,
+            u, y, X, *_given(x, K), *_given(last, K), K, P, Q, carry_rest, *strides, batch, 1, 1, 1, first, shape.rest,
+            shape.num_chunks - skipped, KEEP=keep, **common,
         )  # fmt: skip
+
+
+def _given(v: Tensor | None, other: Tensor) -> tuple[Tensor, bool]:
+    """A pointer for a kernel, and whether it is one."""
+    return other if v is None else v, v is not None
 
 
 def _programs(lanes: int, channels: int) -> tuple[int, int]:
     """Programs of a channel and the tiles of lanes that each walks, one after the other; each writes sums of its own."""
     tiles = triton.cdiv(lanes, LANES)
-    each = max(1, tiles * channels // FILL)
-    return triton.cdiv(tiles, each), each
+    programs = triton.cdiv(tiles, max(1, tiles * channels // WALKERS))
+    return programs, triton.cdiv(tiles, programs)
 
 
 def _constants(S: int, T: int, carry: Tensor, product: str) -> dict[str, Any]:
@@ -679,21 +710,21 @@ def _rows(v: Tensor) -> Tensor:
     return v if v.stride(-1) == 1 else v.contiguous()
 
 
-def _empty_walk(u: Tensor, x: Tensor, P: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_walk(u: Tensor, x: Tensor | None, P: Tensor, keep: bool, final: bool) -> tuple[Tensor, Tensor, Tensor]:
     batch, length = u.shape[0], u.shape[2]
     channels, T, S = P.shape
-    num_states = -(-length // T) if keep else 0
+    num_states = -(-length // T) - int(x is None) if keep else 0
     kept = torch.bfloat16 if u.dtype == torch.bfloat16 else torch.float32
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    return y, x.new_empty(channels, batch, S), u.new_empty(batch, channels, num_states, S, dtype=kept)
+    return y, P.new_empty(channels, batch if final else 0, S), u.new_empty(batch, channels, num_states, S, dtype=kept)
 
 
 @walk.register_fake
-def _(u, x, K, P, Q, carry, carry_rest, keep):
-    return _empty_walk(u, x, P, keep)
+def _(u, x, K, P, Q, carry, carry_rest, keep, final):
+    return _empty_walk(u, x, P, keep, final)
 
 
-def _chain(sums: Tensor, x: Tensor, carry: Tensor, shape: Cut, batch: int, back: bool) -> Tensor:
+def _chain(sums: Tensor, x: Tensor | None, carry: Tensor, shape: Cut, batch: int, back: bool) -> Tensor:
     """The state at the start of each segment (or, backwards, its gradient at the end), laid out as `sums`."""
     channels, S = sums.shape[0], sums.shape[-1]
     starts = torch.empty_like(sums)
@@ -707,7 +738,7 @@ def _chain(sums: Tensor, x: Tensor, carry: Tensor, shape: Cut, batch: int, back:
     N = max(16, triton.next_power_of_2(S // 2))
     groups = 1 if dense else LANES // _rows_of_sequences(batch)
     _starts[(triton.cdiv(batch * groups, LANES), channels)](
-        sums, x, starts, over_span, over_last, batch, shape.num_segments, shape.span, shape.last_span, S // 2,
+        sums, *_given(x, sums), starts, over_span, over_last, batch, shape.num_segments, shape.span, shape.last_span, S // 2,
         BACK=back, R=LANES, N=N, DENSE=dense, GROUPS=groups,
     )  # fmt: skip
     return starts
@@ -715,20 +746,22 @@ def _chain(sums: Tensor, x: Tensor, carry: Tensor, shape: Cut, batch: int, back:
 
 @torch.library.custom_op("s4audio::walk_backward", mutates_args=())
 def _walk_backward(
-    dy: Tensor, dlast: Tensor, u: Tensor, X: Tensor, K: Tensor, P: Tensor, Q: Tensor, carry: Tensor, carry_rest: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dy: Tensor, dlast: Tensor | None, u: Tensor, X: Tensor, K: Tensor, P: Tensor, Q: Tensor, carry: Tensor,
+    carry_rest: Tensor, had_state: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of u, of the state before the first sample, if there was one, and of the operators."""
     u, dy, K, P, Q, carry, carry_rest = _rows(u), _rows(dy), *(v.contiguous() for v in (K, P, Q, carry, carry_rest))
-    du = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    dlast, before = dlast.contiguous(), torch.empty_like(dlast, memory_format=torch.contiguous_format)
+    dlast = None if dlast is None else dlast.contiguous()
+    du, before = _empty_walk_gradients(u, P, had_state)
     H, shape, S = u.shape[1], cut(u), P.shape[-1]
     body = _programs(u.shape[0] * shape.num_segments, H)[0] if shape.num_chunks else 0
     rest = _programs(u.shape[0], H)[0] if shape.rest else 0
     size_A = carry[0].numel()
-    partial = dlast.new_empty(len(K), body + rest, shape.T * (shape.T + 2 * S) + size_A)
-    for channels in (slice(H), slice(H, None))[: len(K) // H]:
+    partial = K.new_empty(len(K), body + rest, shape.T * (shape.T + 2 * S) + size_A)
+    for channels in _directions(u, K):
         operators = [v[channels] for v in (K, P, Q, carry, carry_rest)]
-        written = before[channels], partial[channels]
-        _walk_back_one_way(dy, dlast[channels], u, X[:, channels], du, *written, operators, channels.start is not None)
+        states = None if dlast is None else dlast[channels], before[channels] if had_state else None
+        _walk_back_one_way(dy, u, X[:, channels], du, *states, partial[channels], operators, channels.start is not None)
     dK, dP, dQ, dcarry, dcarry_rest = (torch.empty_like(v) for v in (K, P, Q, carry, carry_rest))
     _totals[(1 + triton.cdiv(2 * shape.T * S + size_A, BLOCK), len(K))](
         partial, dK, dP, dQ, dcarry, dcarry_rest, body, body + rest, S, size_A, T=shape.T, BLOCK=BLOCK
@@ -736,9 +769,14 @@ def _walk_backward(
     return du, before, dK, dP, dQ, dcarry, dcarry_rest
 
 
+def _empty_walk_gradients(u: Tensor, P: Tensor, had_state: bool) -> tuple[Tensor, Tensor]:
+    du = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    return du, P.new_empty(P.shape[0], u.shape[0] if had_state else 0, P.shape[-1])
+
+
 def _walk_back_one_way(
-    dy: Tensor, dlast: Tensor, u: Tensor, X: Tensor, du: Tensor, before: Tensor, partial: Tensor, operators: list[Tensor],
-    reverse: bool,
+    dy: Tensor, u: Tensor, X: Tensor, du: Tensor, dlast: Tensor | None, before: Tensor | None, partial: Tensor,
+    operators: list[Tensor], reverse: bool,
 ) -> None:  # fmt: skip
     """Writes du, before (the gradient of the state before the first sample) and partial; reversed in time, adds to du."""
     K, P, Q, carry, carry_rest = operators
@@ -751,33 +789,34 @@ def _walk_back_one_way(
     body, body_tiles = _programs(batch * shape.num_segments, channels) if shape.num_chunks else (0, 0)
     rest, rest_tiles = _programs(batch, channels) if shape.rest else (0, 0)
     strides = tuple(stride for v in (u, dy, du, X) for stride in v.stride()[:2])
+    skipped = int(before is None)  # the first state was silence, and not kept
     if shape.rest:
-        gradient = torch.empty_like(before) if shape.num_chunks else before
+        gradient = K.new_empty(channels, batch, S) if shape.num_chunks else before
         first = 0 if reverse else shape.num_chunks * T
         _backward[(rest, channels)](
-            u, dy, du, X, dlast, gradient, partial, K, P, Q, carry_rest, *strides, batch, rest_tiles, 1, 1, 1, first,
-            shape.rest, shape.num_chunks, body, body + rest, **common,
+            u, dy, du, X, *_given(dlast, K), *_given(gradient, K), partial, K, P, Q, carry_rest, *strides, batch,
+            rest_tiles, 1, 1, 1, first, shape.rest, shape.num_chunks - skipped, body, body + rest, **common,
         )  # fmt: skip
         dlast = gradient
     if shape.num_chunks:
         ends, first = dlast, length - T if reverse else 0
         if shape.num_segments > 1:
-            sums = dlast.new_empty(channels, batch * shape.num_segments, S)
+            sums = K.new_empty(channels, batch * shape.num_segments, S)
             _sums[(triton.cdiv(batch * (shape.num_segments - 1), LANES), channels)](
                 dy, sums, Q, carry, dy.stride(0), dy.stride(1), batch, shape.num_segments, shape.span, shape.num_chunks,
                 first, 1, T, BACK=True, **common,
             )  # fmt: skip
             ends = _chain(sums, dlast, carry, shape, batch, back=True)
         _backward[(body, channels)](
-            u, dy, du, X, ends, before, partial, K, P, Q, carry, *strides, batch, body_tiles, shape.num_segments,
-            shape.span, shape.num_chunks, first, T, 0, 0, body + rest, **common,
+            u, dy, du, X, *_given(ends, K), *_given(before, K), partial, K, P, Q, carry, *strides, batch, body_tiles,
+            shape.num_segments, shape.span, shape.num_chunks, first, T, -skipped, 0, body + rest, **common,
         )  # fmt: skip
 
 
 @_walk_backward.register_fake
-def _(dy, dlast, u, X, K, P, Q, carry, carry_rest):
-    du = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    return du, *(torch.empty_like(v, memory_format=torch.contiguous_format) for v in (dlast, K, P, Q, carry, carry_rest))
+def _(dy, dlast, u, X, K, P, Q, carry, carry_rest, had_state):
+    of_operators = (torch.empty_like(v, memory_format=torch.contiguous_format) for v in (K, P, Q, carry, carry_rest))
+    return *_empty_walk_gradients(u, P, had_state), *of_operators
 
 
 def _refuse_second_derivatives(ctx, *gradients):
@@ -789,18 +828,17 @@ for _gradient in (_discretize_backward, _diagonal_operators_backward, _walk_back
 
 
 def _keep_walk(ctx, inputs, output):
-    u, _, K, P, Q, carry, carry_rest, keep = inputs
+    u, x, K, P, Q, carry, carry_rest, _, ctx.final = inputs
     ctx.save_for_backward(u, output[2], K, P, Q, carry, carry_rest)
-    ctx.set_materialize_grads(False)  # zeros for X would be written and never read
+    ctx.had_state = x is not None
+    ctx.set_materialize_grads(False)  # zeros would be written and read
 
 
 def _walk_gradient(ctx, dy, dlast, _):
-    u, X, K = ctx.saved_tensors[:3]
     if dy is None:
-        dy = torch.zeros_like(u)
-    if dlast is None:
-        dlast = K.new_zeros(X.shape[1], u.shape[0], X.shape[-1])
-    return *_walk_backward(dy, dlast, *ctx.saved_tensors), None
+        dy = torch.zeros_like(ctx.saved_tensors[0])
+    du, dx, *of_operators = _walk_backward(dy, dlast if ctx.final else None, *ctx.saved_tensors, ctx.had_state)
+    return du, dx if ctx.had_state else None, *of_operators, None, None
 
 
 walk.register_autograd(_walk_gradient, setup_context=_keep_walk)
@@ -931,7 +969,7 @@ def _sums(
 
 @triton.jit(do_not_specialize=COUNTS)
 def _starts(
-    sums, x, starts, over_span, over_last, batch, num_segments, span, last_span, modes,
+    sums, x, GIVEN: tl.constexpr, starts, over_span, over_last, batch, num_segments, span, last_span, modes,
     BACK: tl.constexpr, R: tl.constexpr, N: tl.constexpr, DENSE: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Chains the segments. Limited by the latency of its steps: num_segments, or 2 num_segments / GROUPS in a row.
@@ -944,7 +982,9 @@ def _starts(
     size = tl.cdiv(num_segments, GROUPS)
     first = (row % GROUPS) * size
     mask = (b < batch)[:, None] & (n < modes)[None, :]
-    re, im = _halves(x, (h * batch + b)[:, None], n[None, :], 2 * modes, 1, modes, mask)
+    re, im = tl.zeros((R, N), tl.float32), tl.zeros((R, N), tl.float32)
+    if GIVEN:
+        re, im = _halves(x, (h * batch + b)[:, None], n[None, :], 2 * modes, 1, modes, mask)
     if DENSE:
         A = _load_carry(over_span, h, n, modes, False, DENSE)
         A_last = _load_carry(over_last, h, n, modes, False, DENSE)
@@ -1023,8 +1063,8 @@ def _diagonal_power(carry, exponent, h, n, modes, CONJUGATE: tl.constexpr, N: tl
 
 @triton.jit(do_not_specialize=COUNTS)
 def _forward(
-    u, y, X, starts, last, K, P, Q, carry, u_b, u_h, y_b, y_h, X_b, X_h, batch, num_segments, span, num_chunks, first,
-    valid, first_chunk, modes, KEEP: tl.constexpr,
+    u, y, X, starts, START: tl.constexpr, last, LAST: tl.constexpr, K, P, Q, carry, u_b, u_h, y_b, y_h, X_b, X_h, batch,
+    num_segments, span, num_chunks, first, valid, first_chunk, modes, KEEP: tl.constexpr,
     R: tl.constexpr, T: tl.constexpr, N: tl.constexpr, DENSE: tl.constexpr, PRODUCT: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Output and states from the states at the start of each segment. One reading of u, one writing of y and of X."""
@@ -1036,7 +1076,9 @@ def _forward(
     toeplitz, p, q = _load_operators(K, P, Q, h, t, n, valid, modes, T, PRODUCT, REVERSE)
     A = _load_carry(carry, h, n, modes, False, DENSE)
     is_state = is_lane[:, None] & is_mode[None, :]
-    re, im = _halves(starts, (h * batch * num_segments + lane)[:, None], n[None, :], 2 * modes, 1, modes, is_state)
+    re, im = tl.zeros((R, N), tl.float32), tl.zeros((R, N), tl.float32)
+    if START:
+        re, im = _halves(starts, (h * batch * num_segments + lane)[:, None], n[None, :], 2 * modes, 1, modes, is_state)
     u_rows = u + (b * u_b + h * u_h + first)[:, None] + t[None, :]
     y_rows = y + (b * y_b + h * y_h + first)[:, None] + t[None, :]
     X_rows = X + (b * X_b + h * X_h)[:, None] + n[None, :]
@@ -1047,7 +1089,7 @@ def _forward(
         shift = _shift(m, T, REVERSE)[:, None]
         U = _factor(tl.load(u_rows + shift, mask=here, other=0), PRODUCT)
         if KEEP:
-            at, mask = X_rows + ((first_chunk + m) * 2 * modes)[:, None], is_chunk[:, None] & is_mode[None, :]
+            at, mask = _kept(X_rows, first_chunk + m, is_chunk, is_mode, modes)
             tl.store(at, re, mask=mask)
             tl.store(at + modes, im, mask=mask)
         Y = _dot(U, toeplitz, tl.zeros((R, T), tl.float32), PRODUCT)
@@ -1058,10 +1100,17 @@ def _forward(
         new_re, new_im = _advance(re, im, A, DENSE)
         re = tl.where(is_chunk[:, None], _dot(U, p[0], new_re, PRODUCT), re)
         im = tl.where(is_chunk[:, None], _dot(U, p[1], new_im, PRODUCT), im)
-    at = last + (h * batch + b)[:, None] * 2 * modes + n[None, :]
-    is_last = is_state & (segment == num_segments - 1)[:, None]
-    tl.store(at, re, mask=is_last)
-    tl.store(at + modes, im, mask=is_last)
+    if LAST:
+        at = last + (h * batch + b)[:, None] * 2 * modes + n[None, :]
+        is_last = is_state & (segment == num_segments - 1)[:, None]
+        tl.store(at, re, mask=is_last)
+        tl.store(at + modes, im, mask=is_last)
+
+
+@triton.jit
+def _kept(X_rows, row, is_chunk, is_mode, modes):
+    """Where the states before a chunk are kept; silence before the first, row -1, is not."""
+    return X_rows + (row * 2 * modes)[:, None], (is_chunk & (row >= 0))[:, None] & is_mode[None, :]
 
 
 @triton.jit
@@ -1097,8 +1146,9 @@ def _load_operators(
 
 @triton.jit(do_not_specialize=COUNTS)
 def _backward(
-    u, dy, du, X, ends, before, partial, K, P, Q, carry, u_b, u_h, dy_b, dy_h, du_b, du_h, X_b, X_h, batch, tiles,
-    num_segments, span, num_chunks, first, valid, first_chunk, first_partial, num_partials, modes,
+    u, dy, du, X, ends, END: tl.constexpr, before, BEFORE: tl.constexpr, partial, K, P, Q, carry, u_b, u_h, dy_b, dy_h, du_b,
+    du_h, X_b, X_h, batch, tiles, num_segments, span, num_chunks, first, valid, first_chunk, first_partial, num_partials,
+    modes,
     R: tl.constexpr, T: tl.constexpr, N: tl.constexpr, DENSE: tl.constexpr, PRODUCT: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """All gradients, from those of the states at the end of each segment. One reading of u, dy and X, one writing of du.
@@ -1126,7 +1176,10 @@ def _backward(
         b, segment = (lane // num_segments).to(tl.int64), lane % num_segments
         is_lane = lane < batch * num_segments
         is_state = is_lane[:, None] & is_mode[None, :]
-        g_re, g_im = _halves(ends, (h * batch * num_segments + lane)[:, None], n[None, :], 2 * modes, 1, modes, is_state)
+        g_re, g_im = tl.zeros((R, N), tl.float32), tl.zeros((R, N), tl.float32)
+        if END:
+            row = (h * batch * num_segments + lane)[:, None]
+            g_re, g_im = _halves(ends, row, n[None, :], 2 * modes, 1, modes, is_state)
         u_rows = u + (b * u_b + h * u_h + first)[:, None] + t[None, :]
         dy_rows = dy + (b * dy_b + h * dy_h + first)[:, None] + t[None, :]
         du_rows = du + (b * du_b + h * du_h + first)[:, None] + t[None, :]
@@ -1138,7 +1191,7 @@ def _backward(
             shift = _shift(m, T, REVERSE)[:, None]
             U = _factor(tl.load(u_rows + shift, mask=here, other=0), PRODUCT)
             G = _factor(tl.load(dy_rows + shift, mask=here, other=0), PRODUCT)
-            at, mask = X_rows + ((first_chunk + m) * 2 * modes)[:, None], is_chunk[:, None] & is_mode[None, :]
+            at, mask = _kept(X_rows, first_chunk + m, is_chunk, is_mode, modes)
             x_re, x_im = tl.load(at, mask=mask, other=0), tl.load(at + modes, mask=mask, other=0)
             g = _factor(g_re, PRODUCT), _factor(g_im, PRODUCT)
             x = _factor(x_re, PRODUCT), _factor(x_im, PRODUCT)
@@ -1164,10 +1217,11 @@ def _backward(
             new_re, new_im = _advance(g_re, g_im, A, DENSE)
             g_re = tl.where(is_chunk[:, None], _dot(G, _transposed(q[0]), new_re, PRODUCT), g_re)
             g_im = tl.where(is_chunk[:, None], _dot(G, _transposed(q[1]), new_im, PRODUCT), g_im)
-        at = before + (h * batch + b)[:, None] * 2 * modes + n[None, :]
-        is_first = is_state & (segment == 0)[:, None]
-        tl.store(at, g_re, mask=is_first)
-        tl.store(at + modes, g_im, mask=is_first)
+        if BEFORE:
+            at = before + (h * batch + b)[:, None] * 2 * modes + n[None, :]
+            is_first = is_state & (segment == 0)[:, None]
+            tl.store(at, g_re, mask=is_first)
+            tl.store(at + modes, g_im, mask=is_first)
     S = 2 * modes
     size_A = S * S if DENSE else S
     out = partial + (h * num_partials + first_partial + tl.program_id(0)) * (T * T + 2 * T * S + size_A)
@@ -1175,8 +1229,8 @@ def _backward(
     place = _places(t, valid, REVERSE)
     l = place[None, :] - place[:, None]
     tl.store(out + t[:, None] * T + (l + T) % T, tl.where(l >= 0, W, 0))
-    row = (place + T - valid) % T  # rows of the last chunk's P are the last of P
-    at, mask = out + T * T + row[:, None] * S + n[None, :], (t < T)[:, None] & is_mode[None, :]
+    of_P = (place + T - valid) % T  # rows of the last chunk's P are the last of P
+    at, mask = out + T * T + of_P[:, None] * S + n[None, :], (t < T)[:, None] & is_mode[None, :]
     tl.store(at, dp_re, mask=mask)
     tl.store(at + modes, dp_im, mask=mask)
     at = out + T * T + T * S + n[None, :] * T + ((place + T) % T)[:, None]
