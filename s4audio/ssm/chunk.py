@@ -244,15 +244,19 @@ def diagonal_operators(system: DiagonalSystem, T: int, dtype: torch.dtype) -> Op
 
 def dense_operators(system: DPLRSystem, T: int, dtype: torch.dtype) -> Operators:
     """The operators of DPLR S4, by doubling; channels that share their matrices share the work."""
-    H, copies = len(system.A_bar), _copies(system)
-    C = 2 * real_vector(system.C.conj()).unflatten(0, (copies, H)).transpose(0, 1)
-    K, P, Q, A_T, _ = _dense_operators(system.A_bar, system.B_bar, C, T, dtype == torch.float64)
+    copies = _copies(system)
+    K, P, Q, A_T, _ = _dense_operators(system.A_bar, system.B_bar, dense_readouts(system), T, dtype == torch.float64)
     if not (system.A_bar.requires_grad or system.B_bar.requires_grad):
         P, A_T = P.detach(), A_T.detach()
     if copies > 1:
         P, A_T = P.repeat(copies, 1, 1), A_T.repeat(copies, 1, 1)
     K, Q = (v.transpose(0, 1).flatten(0, 1) for v in (K, Q))
     return Operators(toeplitz(K), P, Q.mT, Carry(A_T, None))
+
+
+def dense_readouts(system: DPLRSystem) -> Tensor:
+    """2 conj(C) as real vectors (H, R, S) float64: R channels read the same states."""
+    return 2 * real_vector(system.C.conj()).unflatten(0, (_copies(system), len(system.A_bar))).transpose(0, 1)
 
 
 def _copies(system: DPLRSystem) -> int:

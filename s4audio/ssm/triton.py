@@ -39,6 +39,7 @@ MODES = 32  # modes whose operators a program can hold; a diagonal system of mor
 LANES = 16  # rows of a program's products: the fewest that tensor cores take, since registers are what runs out
 FILL = 512  # programs wanted: four for each multiprocessor of an H100
 WALKERS = 264  # programs of a gradient, each with sums of its own: as many as an H100 runs at a time
+CHAIN = 64  # rows of a program that chains segments, each of them a sequence or a group of its segments
 BLOCK = 512  # numbers that a program sums over programs
 SMALL = 2**22  # numbers of input below which launching kernels costs more than running them
 OPTIONS = {"num_warps": 4, "num_stages": 3}
@@ -75,25 +76,25 @@ class Cut(NamedTuple):
         return self.num_chunks - (self.num_segments - 1) * self.span
 
 
-def cut(u: Tensor) -> Cut:
-    """The cut for an input (B, H, L).
+def cut(u: Tensor, groups: int = 1) -> Cut:
+    """The cut for an input (B, H, L), whose segments are chained in so many groups side by side.
 
-    Segments are as long as still gives FILL programs: they cost a second reading. And for 16 sequences or more not shorter
-    than half the square root of the chunks, since they are chained one by one; fewer sequences are chained in groups.
+    Segments are as long as still gives FILL programs: they cost a second reading. And the shorter, the more of them are
+    chained one by one: the two take the same time at about half the square root of a group's chunks.
     """
     batch, channels, length = u.shape
     T = min(PRECISION[u.dtype].T, max(16, triton.next_power_of_2(length)))
     num_chunks, rest = divmod(length, T)
-    shortest = math.isqrt(num_chunks * _rows_of_sequences(batch) // (4 * LANES))
+    shortest = math.isqrt(num_chunks // (4 * groups))
     rows = batch if batch < LANES else LANES * triton.cdiv(batch, LANES)  # with those that are empty
     span = max(1, rows * num_chunks * channels // (LANES * FILL), shortest)
     num_segments = max(1, triton.cdiv(num_chunks, span))
     return Cut(T, num_chunks, rest, max(1, triton.cdiv(num_chunks, num_segments)), num_segments)
 
 
-def _rows_of_sequences(batch: int) -> int:
-    """Rows of a program that chains segments, if it has no more sequences than these."""
-    return min(LANES, triton.next_power_of_2(batch))
+def _groups(batch: int, dense: bool) -> int:
+    """Groups of a sequence's segments that are chained side by side: as many as make CHAIN rows; of a dense carry, one."""
+    return 1 if dense else max(1, CHAIN // triton.next_power_of_2(batch))
 
 
 def refusal(system: DiagonalSystem | DPLRSystem, u: Tensor) -> str | None:
@@ -139,7 +140,7 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     shape = cut(u)
     if isinstance(system, DPLRSystem):
-        K, P, Q, carry = dense_operators(system, shape.T)
+        K, P, Q, carry, *_ = dense_operators(system.A_bar, system.B_bar, chunk.dense_readouts(system), shape.T)
         if D is not None:
             K = K + torch.nn.functional.pad(D.float().unsqueeze(-1), (0, shape.T - 1, 0, K.shape[0] - D.shape[0]))
         carry_rest = chunk.carry_over(system, shape.rest).re if shape.rest else carry.detach()
@@ -176,12 +177,6 @@ def _run_in_parts(
         states.append(after.chunk(2, dim=-1))
     y = torch.stack(outputs).sum(0, dtype=torch.float32).to(u.dtype)
     return y, torch.cat([torch.cat(half, dim=-1) for half in zip(*states, strict=True)], dim=-1)
-
-
-def dense_operators(system: DPLRSystem, T: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """K (H, T), P (H, T, S), Q (H, S, T) float32 and the carry (H, S, S) float64 of a chunk."""
-    operators = chunk.dense_operators(system, T, torch.float32)
-    return operators.toeplitz[:, 0], operators.P, operators.Q, operators.A_T.re
 
 
 def _trains(*tensors: Tensor | None) -> bool:
@@ -598,6 +593,202 @@ def _carry_gradient(dcarry, log, exponent, h, n, modes, N: tl.constexpr):
     return exponent * to_log[0], exponent * to_log[1]
 
 
+# ------------------------------------------------------------------------------------------------ operators of S4
+
+
+@torch.library.custom_op("s4audio::fused_dense_operators", mutates_args=())
+def dense_operators(A: Tensor, B: Tensor, C: Tensor, T: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The operators of chunk.dense_operators, by the same doubling; but for the squares of A in one kernel.
+
+    Args:
+        A: (H, S, S) float64, S at most 2 MODES.
+        B: (H, S) float64.
+        C: (H, R, S) float64, R readouts of the same states.
+        T: samples of a chunk, a power of two.
+
+    Returns:
+        K (R H, T), P (R H, T, S) and Q (R H, S, T) float32, and the carry (R H, S, S) float64; for the gradient, Q's
+        transpose (R H, T, S) and the powers A^1, A^2, A^4, … (levels, H, S, S) float32.
+    """
+    A, B, C = A.contiguous(), B.contiguous(), C.contiguous()
+    (H, R, S), levels = C.shape, T.bit_length() - 1
+    squares = A.new_empty(levels + 1, H, S, S)
+    squares[0].copy_(A)
+    for level in range(levels):
+        torch.bmm(squares[level], squares[level], out=squares[level + 1])
+    K, P, Q, QT, powers = _empty_dense(C, T)
+    with torch.cuda.device_of(A):
+        _dense_rows[(H,)](squares, torch.bmm(C, A), B, C, K, P, Q, QT, powers, H, S, **_dense_constants(C, T))
+    return K, P, Q, squares[levels].mT.repeat(R, 1, 1), QT, powers
+
+
+def _empty_dense(C: Tensor, T: int) -> tuple[Tensor, ...]:
+    H, R, S = C.shape
+    shapes = (R * H, T), (R * H, T, S), (R * H, S, T), (R * H, T, S), (T.bit_length() - 1, H, S, S)
+    return tuple(C.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
+def _dense_constants(C: Tensor, T: int) -> dict[str, int]:
+    N = max(16, triton.next_power_of_2(C.shape[2]))
+    return {"R": C.shape[1], "T": T, "LEVELS": T.bit_length() - 1, "N": N, "num_warps": 8}  # with 4, registers spill
+
+
+@dense_operators.register_fake
+def _(A, B, C, T):
+    (H, R, S), (K, P, Q, QT, powers) = C.shape, _empty_dense(C, T)
+    return K, P, Q, A.new_empty(R * H, S, S), QT, powers
+
+
+@torch.library.custom_op("s4audio::fused_dense_operators_backward", mutates_args=())
+def _dense_operators_backward(
+    dK: Tensor, dP: Tensor, dQ: Tensor, dcarry: Tensor, P: Tensor, QT: Tensor, powers: Tensor, C: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dK, dP, dQ, dcarry, C = (v.contiguous() for v in (dK, dP, dQ, dcarry, C))
+    (H, _, S), T = C.shape, P.shape[1]
+    of_P, of_QT = P.new_empty(H, T, S), torch.empty_like(QT)
+    dA, dB, dC = C.new_empty(H, S, S), C.new_empty(H, S), torch.empty_like(C)
+    _dense_rows_gradient[(H,)](dK, dP, dQ, dcarry, P, QT, powers, C, of_P, of_QT, dA, dB, dC, H, S, **_dense_constants(C, T))
+    return dA, dB, dC
+
+
+@_dense_operators_backward.register_fake
+def _(dK, dP, dQ, dcarry, P, QT, powers, C):
+    H, _, S = C.shape
+    return C.new_empty(H, S, S), C.new_empty(H, S), torch.empty_like(C, memory_format=torch.contiguous_format)
+
+
+def _keep_dense(ctx, inputs, output):
+    _, P, _, _, QT, powers = output
+    ctx.save_for_backward(P, QT, powers, inputs[2])
+    ctx.set_materialize_grads(False)  # QT and powers have none
+
+
+def _dense_gradient(ctx, dK, dP, dQ, dcarry, _, __):
+    P, QT, powers, C = ctx.saved_tensors
+    S = C.shape[2]
+    wanted = P.shape[:2], P.shape, (len(P), S, P.shape[1]), (len(P), S, S)
+    given = (dK, dP, dQ, dcarry)
+    gradients = [P.new_zeros(shape) if g is None else g for g, shape in zip(given, wanted, strict=True)]
+    return *_dense_operators_backward(*gradients, P, QT, powers, C), None
+
+
+dense_operators.register_autograd(_dense_gradient, setup_context=_keep_dense)
+
+
+@triton.jit
+def _rows_of(matrix, first, count, S, M: tl.constexpr, N: tl.constexpr):
+    """Where `count` rows of a matrix of S columns lie, from row `first` on, as an (M, N) tile, and which of it exists."""
+    i, n = tl.arange(0, M), tl.arange(0, N)
+    return matrix + (first + i)[:, None] * S + n[None, :], (i < count)[:, None] & (n < S)[None, :]
+
+
+@triton.jit
+def _rows_of_level(matrix, first, level: tl.constexpr, S, N: tl.constexpr):
+    """As `_rows_of` for 2^level rows, in a tile of at least the 16 that tensor cores take."""
+    w: tl.constexpr = 1 << level
+    M: tl.constexpr = 16 if level < 4 else 1 << level
+    return _rows_of(matrix, first, w, S, M, N)
+
+
+@triton.jit
+def _exact(a, b):
+    """The product of two float32 matrices, as good as float32 is."""
+    return tl.dot(a, b, input_precision="tf32x3")
+
+
+@triton.jit
+def _dense_rows(
+    squares, first, B, C, K, P, Q, QT, powers, channels, S,
+    R: tl.constexpr, T: tl.constexpr, LEVELS: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """A channel a program; the rows it has made so far are in memory, which its own barrier makes good to read."""
+    h, n, t = tl.program_id(0).to(tl.int64), tl.arange(0, N), tl.arange(0, T)
+    b = tl.load(B + h * S + n, mask=n < S, other=0).to(tl.float32)
+    for r in tl.static_range(R):
+        channel = (r * channels + h) * T * S
+        tl.store(P + channel + (T - 1) * S + n, b, mask=n < S)  # the latest sample has decayed least
+        tl.store(QT + channel + n, tl.load(first + (h * R + r) * S + n, mask=n < S, other=0).to(tl.float32), mask=n < S)
+    tl.debug_barrier()
+    for level in tl.static_range(LEVELS):
+        at, mask = _rows_of(squares + (level * channels + h) * S * S, 0, S, S, N, N)
+        power = tl.load(at, mask=mask, other=0).to(tl.float32)
+        at, mask = _rows_of(powers + (level * channels + h) * S * S, 0, S, S, N, N)
+        tl.store(at, power, mask=mask)
+        at, mask = _rows_of_level(P + h * T * S, T - (1 << level), level, S, N)
+        p = _exact(tl.load(at, mask=mask, other=0), tl.trans(power))
+        for r in tl.static_range(R):
+            at, mask = _rows_of_level(P + (r * channels + h) * T * S, T - (2 << level), level, S, N)
+            tl.store(at, p, mask=mask)
+            at, mask = _rows_of_level(QT + (r * channels + h) * T * S, 0, level, S, N)
+            q = _exact(tl.load(at, mask=mask, other=0), power)
+            tl.store(at + (S << level), q, mask=mask)
+        tl.debug_barrier()
+    at, mask = _rows_of(P + h * T * S, 0, T, S, T, N)
+    p = tl.load(at, mask=mask, other=0)
+    for r in tl.static_range(R):
+        c = tl.load(C + (h * R + r) * S + n, mask=n < S, other=0).to(tl.float32)
+        tl.store(K + (r * channels + h) * T + T - 1 - t, tl.sum(p * c[None, :], 1))
+        at, mask = _rows_of(QT + (r * channels + h) * T * S, 0, T, S, T, N)
+        q = tl.trans(tl.load(at, mask=mask, other=0))
+        at, mask = _rows_of(Q + (r * channels + h) * T * S, 0, S, T, N, T)
+        tl.store(at, q, mask=mask)
+
+
+@triton.jit
+def _dense_rows_gradient(
+    dK, dP, dQ, dcarry, P, QT, powers, C, of_P, of_QT, dA, dB, dC, channels, S,
+    R: tl.constexpr, T: tl.constexpr, LEVELS: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Back through the doublings; `a` is the gradient of the power at hand."""
+    h, n, t = tl.program_id(0).to(tl.int64), tl.arange(0, N), tl.arange(0, T)
+    a, g = tl.zeros((N, N), tl.float32), tl.zeros((T, N), tl.float32)
+    at, mask = _rows_of(P + h * T * S, 0, T, S, T, N)
+    p = tl.load(at, mask=mask, other=0)
+    for r in tl.static_range(R):
+        channel = r * channels + h
+        k = tl.load(dK + channel * T + T - 1 - t)[:, None]
+        c = tl.load(C + (h * R + r) * S + n, mask=n < S, other=0).to(tl.float32)
+        tl.store(dC + (h * R + r) * S + n, tl.sum(k * p, 0), mask=n < S)
+        at, mask = _rows_of(dP + channel * T * S, 0, T, S, T, N)
+        g += tl.load(at, mask=mask, other=0) + k * c[None, :]
+        at, mask = _rows_of(dQ + channel * T * S, 0, S, T, N, T)
+        q = tl.trans(tl.load(at, mask=mask, other=0))
+        at, mask = _rows_of(of_QT + channel * T * S, 0, T, S, T, N)
+        tl.store(at, q, mask=mask)
+        at, mask = _rows_of(dcarry + channel * S * S, 0, S, S, N, N)
+        a += tl.trans(tl.load(at, mask=mask, other=0).to(tl.float32))  # the carry is A^T transposed
+    at, mask = _rows_of(of_P + h * T * S, 0, T, S, T, N)
+    tl.store(at, g, mask=mask)
+    tl.debug_barrier()
+    for level in tl.static_range(LEVELS - 1, -1, -1):
+        at, mask = _rows_of(powers + (level * channels + h) * S * S, 0, S, S, N, N)
+        power = tl.load(at, mask=mask, other=0)
+        a = _exact(a, tl.trans(power)) + _exact(tl.trans(power), a)
+        at, mask = _rows_of_level(of_P + h * T * S, T - (2 << level), level, S, N)
+        later, early = tl.load(at, mask=mask, other=0), tl.load(at + (S << level), mask=mask, other=0)
+        tl.store(at + (S << level), early + _exact(later, power), mask=mask)
+        at, mask = _rows_of_level(P + h * T * S, T - (1 << level), level, S, N)
+        a += _exact(tl.trans(later), tl.load(at, mask=mask, other=0))
+        for r in tl.static_range(R):
+            at, mask = _rows_of_level(of_QT + (r * channels + h) * T * S, 0, level, S, N)
+            early, later = tl.load(at, mask=mask, other=0), tl.load(at + (S << level), mask=mask, other=0)
+            tl.store(at, early + _exact(later, tl.trans(power)), mask=mask)
+            at, mask = _rows_of_level(QT + (r * channels + h) * T * S, 0, level, S, N)
+            a += _exact(tl.trans(tl.load(at, mask=mask, other=0)), later)
+        tl.debug_barrier()
+    tl.store(dB + h * S + n, tl.load(of_P + h * T * S + (T - 1) * S + n, mask=n < S, other=0), mask=n < S)
+    at, mask = _rows_of(powers + h * S * S, 0, S, S, N, N)
+    power = tl.load(at, mask=mask, other=0)
+    for r in tl.static_range(R):  # Q begins with C A
+        q = tl.load(of_QT + (r * channels + h) * T * S + n, mask=n < S, other=0)
+        c = tl.load(C + (h * R + r) * S + n, mask=n < S, other=0).to(tl.float32)
+        a += c[:, None] * q[None, :]
+        of_C = dC + (h * R + r) * S + n
+        tl.store(of_C, tl.load(of_C, mask=n < S, other=0) + tl.sum(power * q[None, :], 1), mask=n < S)
+    at, mask = _rows_of(dA + h * S * S, 0, S, S, N, N)
+    tl.store(at, a, mask=mask)
+
+
 # ------------------------------------------------------------------------------------------------ the walk
 
 
@@ -658,7 +849,7 @@ def _walk_one_way(
     """Writes y, X and last; reversed in time, adds to y."""
     K, P, Q, carry, carry_rest = operators
     batch, channels, length = u.shape
-    shape = cut(u)
+    shape = cut(u, _groups(batch, carry.shape[-1] == P.shape[-1]))
     S, T = P.shape[-1], shape.T
     common = _constants(S, T, carry, PRECISION[u.dtype].forward) | {"REVERSE": reverse}
     strides = u.stride(0), u.stride(1), y.stride(0), y.stride(1), X.stride(0), X.stride(1)
@@ -735,11 +926,11 @@ def _chain(sums: Tensor, x: Tensor | None, carry: Tensor, shape: Cut, batch: int
         over_last = torch.linalg.matrix_power(carry, shape.last_span) if back else over_span
         if back:
             over_span, over_last = over_span.mT.contiguous(), over_last.mT.contiguous()
-    N = max(16, triton.next_power_of_2(S // 2))
-    groups = 1 if dense else LANES // _rows_of_sequences(batch)
-    _starts[(triton.cdiv(batch * groups, LANES), channels)](
+    N, groups = max(16, triton.next_power_of_2(S // 2)), _groups(batch, dense)
+    rows = max(LANES, min(CHAIN, groups * triton.next_power_of_2(batch)))
+    _starts[(triton.cdiv(batch * groups, rows), channels)](
         sums, *_given(x, sums), starts, over_span, over_last, batch, shape.num_segments, shape.span, shape.last_span, S // 2,
-        BACK=back, R=LANES, N=N, DENSE=dense, GROUPS=groups,
+        BACK=back, R=rows, N=N, DENSE=dense, GROUPS=groups,
     )  # fmt: skip
     return starts
 
@@ -753,10 +944,10 @@ def _walk_backward(
     u, dy, K, P, Q, carry, carry_rest = _rows(u), _rows(dy), *(v.contiguous() for v in (K, P, Q, carry, carry_rest))
     dlast = None if dlast is None else dlast.contiguous()
     du, before = _empty_walk_gradients(u, P, had_state)
-    H, shape, S = u.shape[1], cut(u), P.shape[-1]
+    H, S, size_A = u.shape[1], P.shape[-1], carry[0].numel()
+    shape = cut(u, _groups(u.shape[0], size_A == S * S))
     body = _programs(u.shape[0] * shape.num_segments, H)[0] if shape.num_chunks else 0
     rest = _programs(u.shape[0], H)[0] if shape.rest else 0
-    size_A = carry[0].numel()
     partial = K.new_empty(len(K), body + rest, shape.T * (shape.T + 2 * S) + size_A)
     for channels in _directions(u, K):
         operators = [v[channels] for v in (K, P, Q, carry, carry_rest)]
@@ -781,7 +972,7 @@ def _walk_back_one_way(
     """Writes du, before (the gradient of the state before the first sample) and partial; reversed in time, adds to du."""
     K, P, Q, carry, carry_rest = operators
     batch, channels, length = u.shape
-    shape = cut(u)
+    shape = cut(u, _groups(batch, carry.shape[-1] == P.shape[-1]))
     S, T = P.shape[-1], shape.T
     exact = u.dtype == torch.float32 and u.numel() < SMALL
     common = _constants(S, T, carry, PRECISION[u.dtype].forward if exact else PRECISION[u.dtype].backward)
@@ -823,7 +1014,8 @@ def _refuse_second_derivatives(ctx, *gradients):
     raise RuntimeError("the fused engine has no second derivatives; take them within s4audio.backend('chunk').")
 
 
-for _gradient in (_discretize_backward, _diagonal_operators_backward, _walk_backward):
+_GRADIENTS = _discretize_backward, _diagonal_operators_backward, _dense_operators_backward, _walk_backward
+for _gradient in _GRADIENTS:
     _gradient.register_autograd(_refuse_second_derivatives)
 
 
@@ -975,12 +1167,12 @@ def _starts(
     """Chains the segments. Limited by the latency of its steps: num_segments, or 2 num_segments / GROUPS in a row.
 
     A row of a program is a sequence, or a group of its segments. Groups are walked twice side by side: from zero, to learn
-    what each adds, and from their true starts.
+    what each adds, which the row of the group after it does; and from their true starts, which a scan over rows has found.
     """
     h, row, n = tl.program_id(1).to(tl.int64), tl.arange(0, R), tl.arange(0, N)
     b = (tl.program_id(0) * (R // GROUPS) + row // GROUPS).to(tl.int64)
-    size = tl.cdiv(num_segments, GROUPS)
-    first = (row % GROUPS) * size
+    group, size = row % GROUPS, tl.cdiv(num_segments, GROUPS)
+    first = group * size
     mask = (b < batch)[:, None] & (n < modes)[None, :]
     re, im = tl.zeros((R, N), tl.float32), tl.zeros((R, N), tl.float32)
     if GIVEN:
@@ -996,22 +1188,18 @@ def _starts(
         add_re, add_im = tl.zeros((R, N), tl.float32), tl.zeros((R, N), tl.float32)
         for step in range(size):
             add_re, add_im = _next_start(
-                add_re, add_im, sums + at, A, A_last, first + step, num_segments, modes, mask, BACK, DENSE
+                add_re, add_im, sums + at, A, A_last, first - size + step, num_segments, modes, mask, BACK, DENSE
             )
-        over_group = _diagonal_power(over_span, span * size, h, n, modes, BACK, N)
-        over_first = over_group  # backwards, the first group begins with the last segment, which may be shorter
-        if BACK:
+        over = _diagonal_power(over_span, span * size, h, n, modes, BACK, N)
+        over_first = over
+        if BACK:  # the first group begins with the last segment, which may be shorter
             over_first = _diagonal_power(over_span, last_span + span * (size - 1), h, n, modes, BACK, N)
-        for group in range(GROUPS - 1):
-            gone = (row // GROUPS * GROUPS + group)[:, None]
-            far_re, far_im = _advance(re, im, over_first, DENSE)
-            new_re, new_im = _advance(re, im, over_group, DENSE)
-            if group == 0:
-                new_re, new_im = far_re, far_im
-            here = row[:, None] > gone
-            picked = gone == row[None, :]
-            re = tl.where(here, new_re + _pick(add_re, picked, R, N), re)
-            im = tl.where(here, new_im + _pick(add_im, picked, R, N), im)
+        begins, second = (group == 0)[:, None], (group == 1)[:, None]
+        over_re = tl.where(second, over_first[0], tl.where(begins, 1, over[0]))
+        over_im = tl.where(second, over_first[1], tl.where(begins, 0, over[1]))
+        add_re, add_im = tl.where(begins, re, add_re), tl.where(begins, im, add_im)
+        cuts = tl.where(begins & (n >= 0)[None, :], 1, 0)
+        _, _, re, im, _ = tl.associative_scan((over_re, over_im, add_re, add_im, cuts), 0, _composed)
     for step in range(size):
         segment = num_segments - 1 - first - step if BACK else first + step
         here = mask & (first + step < num_segments)[:, None]
@@ -1021,9 +1209,13 @@ def _starts(
 
 
 @triton.jit
-def _pick(rows, picked, R: tl.constexpr, N: tl.constexpr):
-    """In each row the one of (R, N) that `picked` (R, R) is true of."""
-    return tl.sum(tl.where(picked[:, :, None], rows[None, :, :], 0), 1)
+def _composed(a_re, a_im, b_re, b_im, cut, c_re, c_im, d_re, d_im, later_cut):
+    """x -> x a + b and then x -> x c + d as one such map; a cut forgets what came before, also if it is no number."""
+    re = tl.where(later_cut != 0, c_re, a_re * c_re - a_im * c_im)
+    im = tl.where(later_cut != 0, c_im, a_re * c_im + a_im * c_re)
+    add_re = tl.where(later_cut != 0, d_re, b_re * c_re - b_im * c_im + d_re)
+    add_im = tl.where(later_cut != 0, d_im, b_re * c_im + b_im * c_re + d_im)
+    return re, im, add_re, add_im, cut | later_cut
 
 
 @triton.jit
@@ -1034,7 +1226,7 @@ def _next_start(
     segment = step
     if BACK:
         segment = num_segments - 1 - step
-    here = mask & (step < num_segments - 1)[:, None]
+    here = mask & ((step >= 0) & (step < num_segments - 1))[:, None]
     z_re = tl.load(sums + segment[:, None] * 2 * modes, mask=here, other=0)
     z_im = tl.load(sums + segment[:, None] * 2 * modes + modes, mask=here, other=0)
     new_re, new_im = _advance(re, im, A, DENSE)

@@ -4,6 +4,7 @@
 """
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -125,7 +126,7 @@ def test_programs_that_walk_several_tiles(monkeypatch, tiles):
 @pytest.mark.parametrize("layer", [S4D, S4])
 def test_the_state_of_a_long_lane_stays_float32(monkeypatch, layer):
     """In bfloat16, over 128 chunks of slow modes: the rounding of a carry in bfloat16 would come back in each of them."""
-    monkeypatch.setattr(fused, "cut", lambda u: fused.Cut(64, 128, 0, 128, 1))
+    monkeypatch.setattr(fused, "cut", lambda u, groups=1: fused.Cut(64, 128, 0, 128, 1))
     module = layer(1, 16, dt_min=1e-4, dt_max=1e-4).to(DEVICE)
     u = torch.ones(1, 1, 64 * 128, device=DEVICE, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -142,19 +143,19 @@ def test_the_state_of_a_long_lane_stays_float32(monkeypatch, layer):
 def test_any_cut_into_segments(monkeypatch, kind, init, span, state):
     cut = fused.cut
 
-    def into(u: Tensor) -> fused.Cut:
-        shape = cut(u)
+    def into(u: Tensor, groups: int = 1) -> fused.Cut:
+        shape = cut(u, groups)
         return shape._replace(span=span, num_segments=-(-shape.num_chunks // span))
 
     monkeypatch.setattr(fused, "cut", into)
     compare(kind, init, (2, 2, 32 * 7 + 5), 8, torch.float32, state)
 
 
-@pytest.mark.parametrize("chunks, last", [(34, 2), (48, 1), (65, 3)])
+@pytest.mark.parametrize("chunks, last", [(34, 2), (48, 1), (65, 3), (140, 1)])
 @pytest.mark.parametrize("batch, state", [(1, False), (1, True), (3, True)])
 def test_groups_of_segments(monkeypatch, batch, state, chunks, last):
-    """Segments of 1 to 3 chunks, in 16 groups or 4, some of which may be empty; the last segment is shorter, or not."""
-    monkeypatch.setattr(fused, "cut", lambda u: fused.Cut(16, chunks, 3, last, -(-chunks // last)))
+    """Segments of 1 to 3 chunks, in 64 groups or 16, some of which may be empty; the last segment is shorter, or not."""
+    monkeypatch.setattr(fused, "cut", lambda u, groups=1: fused.Cut(16, chunks, 3, last, -(-chunks // last)))
     compare("diagonal", "lin", (batch, 1, 16 * chunks + 3), 8, torch.float32, state)
 
 
@@ -162,8 +163,8 @@ def test_groups_of_segments(monkeypatch, batch, state, chunks, last):
     "shape", [(64, 512, 1024), (8, 64, 131072), (1, 64, 2**20), (1, 2, 90000), (128, 512, 16), (3, 1, 1)]
 )
 def test_the_cut_covers_the_sequence_and_wastes_no_steps(shape):
-    for dtype in fused.PRECISION:
-        found = fused.cut(torch.empty(shape, dtype=dtype, device="meta"))
+    for dtype, groups in itertools.product(fused.PRECISION, (1, 64)):
+        found = fused.cut(torch.empty(shape, dtype=dtype, device="meta"), groups)
         assert found.num_chunks * found.T + found.rest == shape[2]
         assert (found.num_segments - 1) * found.span < max(1, found.num_chunks) <= found.num_segments * found.span
         assert found.num_chunks == 0 or 1 <= found.last_span <= found.span
@@ -321,8 +322,8 @@ def test_both_ways_at_any_length(layer, length):
 def test_both_ways_in_segments(monkeypatch, layer, span):
     cut = fused.cut
 
-    def into(u: Tensor) -> fused.Cut:
-        shape = cut(u)
+    def into(u: Tensor, groups: int = 1) -> fused.Cut:
+        shape = cut(u, groups)
         return shape._replace(span=span, num_segments=-(-shape.num_chunks // span))
 
     monkeypatch.setattr(fused, "cut", into)
@@ -458,6 +459,9 @@ def test_operations_are_registered_as_torch_wants_them(H):
     torch.library.opcheck(fused.diagonal_operators, (log, B, C, D, T, 5), test_utils=tests)
     operators = [v.detach().requires_grad_() for v in fused.diagonal_operators(log, B, C, None, T, 5)]
     u, x = torch.randn(2, H, 69, device=DEVICE, requires_grad=True), torch.randn(H, 2, 2 * modes, device=DEVICE)
+    dense = torch.randn(H, 2 * modes, 2 * modes) / 4, torch.randn(H, 2 * modes), torch.randn(H, 2, 2 * modes)
+    dense = [v.double().to(DEVICE).requires_grad_() for v in dense]
+    torch.library.opcheck(fused.dense_operators, (*dense, 16), test_utils=tests)
     for before in (x, x.clone().requires_grad_(), None):
         for final in (False, True):
             torch.library.opcheck(fused.walk, (u, before, *operators, True, final), test_utils=tests)
