@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -138,11 +139,71 @@ def milliseconds(row: dict[str, Any]) -> str:
     return "out of memory" if row["ms"] is None else f"{number(row['ms'])} ms, {row['mib']:,.0f} MiB"
 
 
+def train_step() -> str:
+    rows: list[tuple[str, ...]] = [
+        (
+            "forward, backward, AdamW",
+            "batch",
+            "plain engine",
+            "fused",
+            "captured",
+            "compiled",
+            "audio a second, before and after",
+        )
+    ]
+    for row in read("train_step_cuda")["rows"]:
+        ways = ("plain", "fused", "graph", "compiled_graph")
+        times = [number(row[f"{way}_ms"]) if f"{way}_ms" in row else "-" for way in ways]
+        audio = ""
+        if "plain_real_time" in row:
+            fastest = max(row[f"{way}_real_time"] for way in ways if f"{way}_real_time" in row)
+            audio = f"{row['plain_real_time']:,.0f} s, {fastest:,.0f} s"
+        batch = " × ".join(f"{size:,}" for size in row["batch"])
+        rows.append((f"{row['name']}, {row['dtype']}", batch, *times, audio))
+    return table(*rows)
+
+
+def scifar() -> str:
+    rows: list[tuple[str, ...]] = [
+        (
+            "recipe",
+            "seeds",
+            "parameters",
+            "epochs",
+            "seconds",
+            "images a second",
+            "held out",
+            "test",
+            "ms an image, alone and of 256",
+        )
+    ]
+    for path in sorted(RESULTS.glob("scifar_*.json")):
+        found = json.loads(path.read_text())
+        for line in found["recipes"]:
+            of_recipe = [row for row in found["rows"] if row["recipe"] == line["recipe"]]
+            alone, of_256 = (fmean(row[key] for row in of_recipe) for key in ("ms_an_image_alone", "ms_an_image_of_256"))
+            rows.append(
+                (
+                    f"`{line['recipe']}`", str(line["seeds"]), f"{line['parameters']:,}", f"{line['epochs']:g}",
+                    f"{line['wall_seconds']:.0f}", f"{line['images_a_second']:,.0f}", percent(line, "valid_accuracy"),
+                    percent(line, "test_accuracy"), f"{alone:.3g}, {of_256:.3g} ({found['scored_on']})",
+                )
+            )  # fmt: skip
+    return table(*rows)
+
+
+def percent(line: dict[str, Any], key: str) -> str:
+    spread = line[f"{key}_std"]
+    return f"{line[key]:.1%}" + (f" ± {100 * spread:.1f}" if spread is not None else "")
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "system4": system4,
     "real_audio": real_audio,
     "calibration": calibration,
     "ssm_conv_cuda": ssm_conv_cuda,
+    "train_step": train_step,
+    "scifar": scifar,
 }
 
 
