@@ -17,10 +17,10 @@ The samples after the last whole chunk are a chunk of their own with the last ro
 Backward in time, for the second half of the channels of a layer that runs both ways, the same kernels take the chunks from
 the end and the operators mirrored (REVERSE), and add to the y and du that are there: nothing is turned over in memory.
 
-Sums and states are float32. Products of float32 are three TF32 products forward (2^-22: values as exact as float32 is) and
-three bfloat16 products backward ("bf16x3": each factor is split into a high and a low part of 8 bits, 2^-17), which take
-half the time and half the registers; below SMALL numbers of input, where time does not matter, backward too is TF32. float16
-splits into two bfloat16 numbers without a rest, and bfloat16 is one product. S4's dense carry is TF32 always.
+Sums and states are float32. Products of float32 are three bfloat16 products ("bf16x3": each factor is split into a high and
+a low part of 8 bits, 2^-17), and below SMALL numbers of input, where time does not matter, three TF32 products (2^-22: as
+exact as float32 is), which take twice the time and registers. float16 splits into two bfloat16 numbers without a rest, and
+bfloat16 is one product. S4's dense carry is TF32 always.
 """
 
 import math
@@ -49,8 +49,8 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: the ke
 class Precision(NamedTuple):
     """How an input's dtype is multiplied, and in chunks of how many samples: shorter ones where a factor has two parts."""
 
-    forward: str
-    backward: str
+    of_few: str  # below SMALL numbers
+    of_many: str
     T: int
 
 
@@ -140,7 +140,8 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     shape = cut(u)
     if isinstance(system, DPLRSystem):
-        K, P, Q, carry, *_ = dense_operators(system.A_bar, system.B_bar, chunk.dense_readouts(system), shape.T)
+        operators = chunk.dense_operators(system, shape.T, torch.float32)
+        K, P, Q, carry = operators.toeplitz[:, 0], operators.P, operators.Q, operators.A_T.re
         if D is not None:
             K = K + torch.nn.functional.pad(D.float().unsqueeze(-1), (0, shape.T - 1, 0, K.shape[0] - D.shape[0]))
         carry_rest = chunk.carry_over(system, shape.rest).re if shape.rest else carry.detach()
@@ -593,202 +594,6 @@ def _carry_gradient(dcarry, log, exponent, h, n, modes, N: tl.constexpr):
     return exponent * to_log[0], exponent * to_log[1]
 
 
-# ------------------------------------------------------------------------------------------------ operators of S4
-
-
-@torch.library.custom_op("s4audio::fused_dense_operators", mutates_args=())
-def dense_operators(A: Tensor, B: Tensor, C: Tensor, T: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The operators of chunk.dense_operators, by the same doubling; but for the squares of A in one kernel.
-
-    Args:
-        A: (H, S, S) float64, S at most 2 MODES.
-        B: (H, S) float64.
-        C: (H, R, S) float64, R readouts of the same states.
-        T: samples of a chunk, a power of two.
-
-    Returns:
-        K (R H, T), P (R H, T, S) and Q (R H, S, T) float32, and the carry (R H, S, S) float64; for the gradient, Q's
-        transpose (R H, T, S) and the powers A^1, A^2, A^4, … (levels, H, S, S) float32.
-    """
-    A, B, C = A.contiguous(), B.contiguous(), C.contiguous()
-    (H, R, S), levels = C.shape, T.bit_length() - 1
-    squares = A.new_empty(levels + 1, H, S, S)
-    squares[0].copy_(A)
-    for level in range(levels):
-        torch.bmm(squares[level], squares[level], out=squares[level + 1])
-    K, P, Q, QT, powers = _empty_dense(C, T)
-    with torch.cuda.device_of(A):
-        _dense_rows[(H,)](squares, torch.bmm(C, A), B, C, K, P, Q, QT, powers, H, S, **_dense_constants(C, T))
-    return K, P, Q, squares[levels].mT.repeat(R, 1, 1), QT, powers
-
-
-def _empty_dense(C: Tensor, T: int) -> tuple[Tensor, ...]:
-    H, R, S = C.shape
-    shapes = (R * H, T), (R * H, T, S), (R * H, S, T), (R * H, T, S), (T.bit_length() - 1, H, S, S)
-    return tuple(C.new_empty(shape, dtype=torch.float32) for shape in shapes)
-
-
-def _dense_constants(C: Tensor, T: int) -> dict[str, int]:
-    N = max(16, triton.next_power_of_2(C.shape[2]))
-    return {"R": C.shape[1], "T": T, "LEVELS": T.bit_length() - 1, "N": N, "num_warps": 8}  # with 4, registers spill
-
-
-@dense_operators.register_fake
-def _(A, B, C, T):
-    (H, R, S), (K, P, Q, QT, powers) = C.shape, _empty_dense(C, T)
-    return K, P, Q, A.new_empty(R * H, S, S), QT, powers
-
-
-@torch.library.custom_op("s4audio::fused_dense_operators_backward", mutates_args=())
-def _dense_operators_backward(
-    dK: Tensor, dP: Tensor, dQ: Tensor, dcarry: Tensor, P: Tensor, QT: Tensor, powers: Tensor, C: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    dK, dP, dQ, dcarry, C = (v.contiguous() for v in (dK, dP, dQ, dcarry, C))
-    (H, _, S), T = C.shape, P.shape[1]
-    of_P, of_QT = P.new_empty(H, T, S), torch.empty_like(QT)
-    dA, dB, dC = C.new_empty(H, S, S), C.new_empty(H, S), torch.empty_like(C)
-    _dense_rows_gradient[(H,)](dK, dP, dQ, dcarry, P, QT, powers, C, of_P, of_QT, dA, dB, dC, H, S, **_dense_constants(C, T))
-    return dA, dB, dC
-
-
-@_dense_operators_backward.register_fake
-def _(dK, dP, dQ, dcarry, P, QT, powers, C):
-    H, _, S = C.shape
-    return C.new_empty(H, S, S), C.new_empty(H, S), torch.empty_like(C, memory_format=torch.contiguous_format)
-
-
-def _keep_dense(ctx, inputs, output):
-    _, P, _, _, QT, powers = output
-    ctx.save_for_backward(P, QT, powers, inputs[2])
-    ctx.set_materialize_grads(False)  # QT and powers have none
-
-
-def _dense_gradient(ctx, dK, dP, dQ, dcarry, _, __):
-    P, QT, powers, C = ctx.saved_tensors
-    S = C.shape[2]
-    wanted = P.shape[:2], P.shape, (len(P), S, P.shape[1]), (len(P), S, S)
-    given = (dK, dP, dQ, dcarry)
-    gradients = [P.new_zeros(shape) if g is None else g for g, shape in zip(given, wanted, strict=True)]
-    return *_dense_operators_backward(*gradients, P, QT, powers, C), None
-
-
-dense_operators.register_autograd(_dense_gradient, setup_context=_keep_dense)
-
-
-@triton.jit
-def _rows_of(matrix, first, count, S, M: tl.constexpr, N: tl.constexpr):
-    """Where `count` rows of a matrix of S columns lie, from row `first` on, as an (M, N) tile, and which of it exists."""
-    i, n = tl.arange(0, M), tl.arange(0, N)
-    return matrix + (first + i)[:, None] * S + n[None, :], (i < count)[:, None] & (n < S)[None, :]
-
-
-@triton.jit
-def _rows_of_level(matrix, first, level: tl.constexpr, S, N: tl.constexpr):
-    """As `_rows_of` for 2^level rows, in a tile of at least the 16 that tensor cores take."""
-    w: tl.constexpr = 1 << level
-    M: tl.constexpr = 16 if level < 4 else 1 << level
-    return _rows_of(matrix, first, w, S, M, N)
-
-
-@triton.jit
-def _exact(a, b):
-    """The product of two float32 matrices, as good as float32 is."""
-    return tl.dot(a, b, input_precision="tf32x3")
-
-
-@triton.jit
-def _dense_rows(
-    squares, first, B, C, K, P, Q, QT, powers, channels, S,
-    R: tl.constexpr, T: tl.constexpr, LEVELS: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    """A channel a program; the rows it has made so far are in memory, which its own barrier makes good to read."""
-    h, n, t = tl.program_id(0).to(tl.int64), tl.arange(0, N), tl.arange(0, T)
-    b = tl.load(B + h * S + n, mask=n < S, other=0).to(tl.float32)
-    for r in tl.static_range(R):
-        channel = (r * channels + h) * T * S
-        tl.store(P + channel + (T - 1) * S + n, b, mask=n < S)  # the latest sample has decayed least
-        tl.store(QT + channel + n, tl.load(first + (h * R + r) * S + n, mask=n < S, other=0).to(tl.float32), mask=n < S)
-    tl.debug_barrier()
-    for level in tl.static_range(LEVELS):
-        at, mask = _rows_of(squares + (level * channels + h) * S * S, 0, S, S, N, N)
-        power = tl.load(at, mask=mask, other=0).to(tl.float32)
-        at, mask = _rows_of(powers + (level * channels + h) * S * S, 0, S, S, N, N)
-        tl.store(at, power, mask=mask)
-        at, mask = _rows_of_level(P + h * T * S, T - (1 << level), level, S, N)
-        p = _exact(tl.load(at, mask=mask, other=0), tl.trans(power))
-        for r in tl.static_range(R):
-            at, mask = _rows_of_level(P + (r * channels + h) * T * S, T - (2 << level), level, S, N)
-            tl.store(at, p, mask=mask)
-            at, mask = _rows_of_level(QT + (r * channels + h) * T * S, 0, level, S, N)
-            q = _exact(tl.load(at, mask=mask, other=0), power)
-            tl.store(at + (S << level), q, mask=mask)
-        tl.debug_barrier()
-    at, mask = _rows_of(P + h * T * S, 0, T, S, T, N)
-    p = tl.load(at, mask=mask, other=0)
-    for r in tl.static_range(R):
-        c = tl.load(C + (h * R + r) * S + n, mask=n < S, other=0).to(tl.float32)
-        tl.store(K + (r * channels + h) * T + T - 1 - t, tl.sum(p * c[None, :], 1))
-        at, mask = _rows_of(QT + (r * channels + h) * T * S, 0, T, S, T, N)
-        q = tl.trans(tl.load(at, mask=mask, other=0))
-        at, mask = _rows_of(Q + (r * channels + h) * T * S, 0, S, T, N, T)
-        tl.store(at, q, mask=mask)
-
-
-@triton.jit
-def _dense_rows_gradient(
-    dK, dP, dQ, dcarry, P, QT, powers, C, of_P, of_QT, dA, dB, dC, channels, S,
-    R: tl.constexpr, T: tl.constexpr, LEVELS: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    """Back through the doublings; `a` is the gradient of the power at hand."""
-    h, n, t = tl.program_id(0).to(tl.int64), tl.arange(0, N), tl.arange(0, T)
-    a, g = tl.zeros((N, N), tl.float32), tl.zeros((T, N), tl.float32)
-    at, mask = _rows_of(P + h * T * S, 0, T, S, T, N)
-    p = tl.load(at, mask=mask, other=0)
-    for r in tl.static_range(R):
-        channel = r * channels + h
-        k = tl.load(dK + channel * T + T - 1 - t)[:, None]
-        c = tl.load(C + (h * R + r) * S + n, mask=n < S, other=0).to(tl.float32)
-        tl.store(dC + (h * R + r) * S + n, tl.sum(k * p, 0), mask=n < S)
-        at, mask = _rows_of(dP + channel * T * S, 0, T, S, T, N)
-        g += tl.load(at, mask=mask, other=0) + k * c[None, :]
-        at, mask = _rows_of(dQ + channel * T * S, 0, S, T, N, T)
-        q = tl.trans(tl.load(at, mask=mask, other=0))
-        at, mask = _rows_of(of_QT + channel * T * S, 0, T, S, T, N)
-        tl.store(at, q, mask=mask)
-        at, mask = _rows_of(dcarry + channel * S * S, 0, S, S, N, N)
-        a += tl.trans(tl.load(at, mask=mask, other=0).to(tl.float32))  # the carry is A^T transposed
-    at, mask = _rows_of(of_P + h * T * S, 0, T, S, T, N)
-    tl.store(at, g, mask=mask)
-    tl.debug_barrier()
-    for level in tl.static_range(LEVELS - 1, -1, -1):
-        at, mask = _rows_of(powers + (level * channels + h) * S * S, 0, S, S, N, N)
-        power = tl.load(at, mask=mask, other=0)
-        a = _exact(a, tl.trans(power)) + _exact(tl.trans(power), a)
-        at, mask = _rows_of_level(of_P + h * T * S, T - (2 << level), level, S, N)
-        later, early = tl.load(at, mask=mask, other=0), tl.load(at + (S << level), mask=mask, other=0)
-        tl.store(at + (S << level), early + _exact(later, power), mask=mask)
-        at, mask = _rows_of_level(P + h * T * S, T - (1 << level), level, S, N)
-        a += _exact(tl.trans(later), tl.load(at, mask=mask, other=0))
-        for r in tl.static_range(R):
-            at, mask = _rows_of_level(of_QT + (r * channels + h) * T * S, 0, level, S, N)
-            early, later = tl.load(at, mask=mask, other=0), tl.load(at + (S << level), mask=mask, other=0)
-            tl.store(at, early + _exact(later, tl.trans(power)), mask=mask)
-            at, mask = _rows_of_level(QT + (r * channels + h) * T * S, 0, level, S, N)
-            a += _exact(tl.trans(tl.load(at, mask=mask, other=0)), later)
-        tl.debug_barrier()
-    tl.store(dB + h * S + n, tl.load(of_P + h * T * S + (T - 1) * S + n, mask=n < S, other=0), mask=n < S)
-    at, mask = _rows_of(powers + h * S * S, 0, S, S, N, N)
-    power = tl.load(at, mask=mask, other=0)
-    for r in tl.static_range(R):  # Q begins with C A
-        q = tl.load(of_QT + (r * channels + h) * T * S + n, mask=n < S, other=0)
-        c = tl.load(C + (h * R + r) * S + n, mask=n < S, other=0).to(tl.float32)
-        a += c[:, None] * q[None, :]
-        of_C = dC + (h * R + r) * S + n
-        tl.store(of_C, tl.load(of_C, mask=n < S, other=0) + tl.sum(power * q[None, :], 1), mask=n < S)
-    at, mask = _rows_of(dA + h * S * S, 0, S, S, N, N)
-    tl.store(at, a, mask=mask)
-
-
 # ------------------------------------------------------------------------------------------------ the walk
 
 
@@ -851,7 +656,7 @@ def _walk_one_way(
     batch, channels, length = u.shape
     shape = cut(u, _groups(batch, carry.shape[-1] == P.shape[-1]))
     S, T = P.shape[-1], shape.T
-    common = _constants(S, T, carry, PRECISION[u.dtype].forward) | {"REVERSE": reverse}
+    common = _constants(S, T, carry, u) | {"REVERSE": reverse}
     strides = u.stride(0), u.stride(1), y.stride(0), y.stride(1), X.stride(0), X.stride(1)
     skipped = int(x is None)  # the first state is not kept
     if shape.num_chunks:
@@ -890,9 +695,10 @@ def _programs(lanes: int, channels: int) -> tuple[int, int]:
     return programs, triton.cdiv(tiles, programs)
 
 
-def _constants(S: int, T: int, carry: Tensor, product: str) -> dict[str, Any]:
+def _constants(S: int, T: int, carry: Tensor, u: Tensor) -> dict[str, Any]:
     """What the kernels of a walk have in common."""
     N = max(16, triton.next_power_of_2(S // 2))
+    product = PRECISION[u.dtype].of_few if u.numel() < SMALL else PRECISION[u.dtype].of_many
     return {"modes": S // 2, "R": LANES, "T": T, "N": N, "DENSE": carry.shape[-1] == S, "PRODUCT": product, **OPTIONS}
 
 
@@ -927,7 +733,7 @@ def _chain(sums: Tensor, x: Tensor | None, carry: Tensor, shape: Cut, batch: int
         if back:
             over_span, over_last = over_span.mT.contiguous(), over_last.mT.contiguous()
     N, groups = max(16, triton.next_power_of_2(S // 2)), _groups(batch, dense)
-    rows = max(LANES, min(CHAIN, groups * triton.next_power_of_2(batch)))
+    rows = LANES if dense else max(LANES, min(CHAIN, groups * triton.next_power_of_2(batch)))
     _starts[(triton.cdiv(batch * groups, rows), channels)](
         sums, *_given(x, sums), starts, over_span, over_last, batch, shape.num_segments, shape.span, shape.last_span, S // 2,
         BACK=back, R=rows, N=N, DENSE=dense, GROUPS=groups,
@@ -974,9 +780,7 @@ def _walk_back_one_way(
     batch, channels, length = u.shape
     shape = cut(u, _groups(batch, carry.shape[-1] == P.shape[-1]))
     S, T = P.shape[-1], shape.T
-    exact = u.dtype == torch.float32 and u.numel() < SMALL
-    common = _constants(S, T, carry, PRECISION[u.dtype].forward if exact else PRECISION[u.dtype].backward)
-    common["REVERSE"] = reverse
+    common = _constants(S, T, carry, u) | {"REVERSE": reverse}
     body, body_tiles = _programs(batch * shape.num_segments, channels) if shape.num_chunks else (0, 0)
     rest, rest_tiles = _programs(batch, channels) if shape.rest else (0, 0)
     strides = tuple(stride for v in (u, dy, du, X) for stride in v.stride()[:2])
@@ -1014,8 +818,7 @@ def _refuse_second_derivatives(ctx, *gradients):
     raise RuntimeError("the fused engine has no second derivatives; take them within s4audio.backend('chunk').")
 
 
-_GRADIENTS = _discretize_backward, _diagonal_operators_backward, _dense_operators_backward, _walk_backward
-for _gradient in _GRADIENTS:
+for _gradient in (_discretize_backward, _diagonal_operators_backward, _walk_backward):
     _gradient.register_autograd(_refuse_second_derivatives)
 
 
@@ -1167,7 +970,7 @@ def _starts(
     """Chains the segments. Limited by the latency of its steps: num_segments, or 2 num_segments / GROUPS in a row.
 
     A row of a program is a sequence, or a group of its segments. Groups are walked twice side by side: from zero, to learn
-    what each adds, which the row of the group after it does; and from their true starts, which a scan over rows has found.
+    what each adds, which the row of the group after it does; and from their true starts, which the rows find by doubling.
     """
     h, row, n = tl.program_id(1).to(tl.int64), tl.arange(0, R), tl.arange(0, N)
     b = (tl.program_id(0) * (R // GROUPS) + row // GROUPS).to(tl.int64)
@@ -1190,32 +993,31 @@ def _starts(
             add_re, add_im = _next_start(
                 add_re, add_im, sums + at, A, A_last, first - size + step, num_segments, modes, mask, BACK, DENSE
             )
-        over = _diagonal_power(over_span, span * size, h, n, modes, BACK, N)
-        over_first = over
+        over = _exact_power(over_span, span * size, h, n, modes, N)
+        over_first = _as_carry(over, BACK)
         if BACK:  # the first group begins with the last segment, which may be shorter
             over_first = _diagonal_power(over_span, last_span + span * (size - 1), h, n, modes, BACK, N)
-        begins, second = (group == 0)[:, None], (group == 1)[:, None]
-        over_re = tl.where(second, over_first[0], tl.where(begins, 1, over[0]))
-        over_im = tl.where(second, over_first[1], tl.where(begins, 0, over[1]))
-        add_re, add_im = tl.where(begins, re, add_re), tl.where(begins, im, add_im)
-        cuts = tl.where(begins & (n >= 0)[None, :], 1, 0)
-        _, _, re, im, _ = tl.associative_scan((over_re, over_im, add_re, add_im, cuts), 0, _composed)
+        # Row 0 of a sequence begins with x; the others add up what the groups before them add, 1, 2, 4, … rows away.
+        through_re, through_im = _advance(re, im, over_first, DENSE)
+        second = (group == 1)[:, None]
+        add_re, add_im = tl.where(second, add_re + through_re, add_re), tl.where(second, add_im + through_im, add_im)
+        distance = 1
+        while distance < GROUPS:
+            away = tl.broadcast_to(tl.maximum(row - distance, 0)[:, None], (R, N))
+            far_re, far_im = tl.gather(add_re, away, 0), tl.gather(add_im, away, 0)
+            far_re, far_im = _advance(far_re, far_im, _as_carry(over, BACK), DENSE)
+            reaches = (group > distance)[:, None]
+            add_re, add_im = tl.where(reaches, add_re + far_re, add_re), tl.where(reaches, add_im + far_im, add_im)
+            over = over[0] * over[0] - over[1] * over[1], 2 * over[0] * over[1]
+            distance *= 2
+        begins = (group == 0)[:, None]
+        re, im = tl.where(begins, re, add_re), tl.where(begins, im, add_im)
     for step in range(size):
         segment = num_segments - 1 - first - step if BACK else first + step
         here = mask & (first + step < num_segments)[:, None]
         tl.store(starts + at + segment[:, None] * 2 * modes, re, mask=here)
         tl.store(starts + at + segment[:, None] * 2 * modes + modes, im, mask=here)
         re, im = _next_start(re, im, sums + at, A, A_last, first + step, num_segments, modes, mask, BACK, DENSE)
-
-
-@triton.jit
-def _composed(a_re, a_im, b_re, b_im, cut, c_re, c_im, d_re, d_im, later_cut):
-    """x -> x a + b and then x -> x c + d as one such map; a cut forgets what came before, also if it is no number."""
-    re = tl.where(later_cut != 0, c_re, a_re * c_re - a_im * c_im)
-    im = tl.where(later_cut != 0, c_im, a_re * c_im + a_im * c_re)
-    add_re = tl.where(later_cut != 0, d_re, b_re * c_re - b_im * c_im + d_re)
-    add_im = tl.where(later_cut != 0, d_im, b_re * c_im + b_im * c_re + d_im)
-    return re, im, add_re, add_im, cut | later_cut
 
 
 @triton.jit
@@ -1237,8 +1039,8 @@ def _next_start(
 
 
 @triton.jit
-def _diagonal_power(carry, exponent, h, n, modes, CONJUGATE: tl.constexpr, N: tl.constexpr):
-    """The diagonal carry to a power, by squaring in float64."""
+def _exact_power(carry, exponent, h, n, modes, N: tl.constexpr):
+    """The diagonal carry to a power, by squaring in float64: real and imaginary part."""
     a = tl.load(carry + h * 2 * modes + n, mask=n < modes, other=0)
     b = tl.load(carry + (h * 2 + 1) * modes + n, mask=n < modes, other=0)
     re, im = tl.full((N,), 1, tl.float64), tl.zeros((N,), tl.float64)
@@ -1247,10 +1049,21 @@ def _diagonal_power(carry, exponent, h, n, modes, CONJUGATE: tl.constexpr, N: tl
         re, im = tl.where(odd, re * a - im * b, re), tl.where(odd, re * b + im * a, im)
         a, b = a * a - b * b, 2 * a * b
         exponent = exponent // 2
+    return re, im
+
+
+@triton.jit
+def _as_carry(power, CONJUGATE: tl.constexpr):
+    """A diagonal power as `_advance` takes it: float32, of the adjoint if conjugate."""
+    re, im = power[0].to(tl.float32)[None, :], power[1].to(tl.float32)[None, :]
     if CONJUGATE:
         im = -im
-    re, im = re.to(tl.float32)[None, :], im.to(tl.float32)[None, :]
     return re, im, im, re
+
+
+@triton.jit
+def _diagonal_power(carry, exponent, h, n, modes, CONJUGATE: tl.constexpr, N: tl.constexpr):
+    return _as_carry(_exact_power(carry, exponent, h, n, modes, N), CONJUGATE)
 
 
 @triton.jit(do_not_specialize=COUNTS)
