@@ -14,7 +14,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,9 +124,8 @@ def seconds_per_step(step: Callable[[], object], repeats: int) -> float:
     return statistics.median(once() for _ in range(repeats))
 
 
-def on_cuda(cases: list[Case], repeats: int) -> list[dict[str, Any]]:
+def on_cuda(cases: list[Case], repeats: int) -> Iterator[dict[str, Any]]:
     """Every case, in milliseconds."""
-    rows = []
     for case in cases:
         row: dict[str, Any] = {"name": case.name, "batch": case.batch, "dtype": "bfloat16" if case.bfloat16 else "float32"}
         with s4audio.backend("chunk"):
@@ -141,9 +140,8 @@ def on_cuda(cases: list[Case], repeats: int) -> list[dict[str, Any]]:
         if case.seconds:
             for key in [key.removesuffix("_ms") for key in row if key.endswith("_ms")]:
                 row[f"{key}_real_time"] = case.seconds / row[f"{key}_ms"] * 1e3
-        rows.append(row)
         print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
-    return rows
+        yield row
 
 
 def loss_curves(num_steps: int, device: str) -> dict[str, list[float]]:
@@ -166,11 +164,16 @@ def main() -> None:
     parser.add_argument("--json", help="also write the figures to this file")
     args = parser.parse_args()
     result: dict[str, Any] = {}
+
+    def keep() -> None:
+        if args.json:
+            Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+
     if args.device == "cuda":
-        result = {
-            "machine": f"{torch.cuda.get_device_name()}, torch {torch.__version__}",
-            "rows": on_cuda([CASES[index] for index in args.cases], args.repeats),
-        }
+        result |= {"machine": f"{torch.cuda.get_device_name()}, torch {torch.__version__}", "rows": []}
+        for row in on_cuda([CASES[index] for index in args.cases], args.repeats):
+            result["rows"].append(row)
+            keep()  # a machine may be lent for less time than this takes
     else:
         print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")
         for batch_size in (1, 8):
@@ -180,8 +183,7 @@ def main() -> None:
             print(f"system 4, batch {batch_size}: {seconds * 1e3:.1f} ms a step, {speed:,.0f} times real time")
     if args.losses:
         result["losses"] = loss_curves(args.losses, args.device)
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+    keep()
 
 
 if __name__ == "__main__":
