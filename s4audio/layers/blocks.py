@@ -151,6 +151,15 @@ class PostNormBlock(Chain):
         mixing = nn.Conv1d(width, 2 * width, 1), nn.GLU(dim=1)
         super().__init__(Residual(ssm, nn.GELU(), nn.Dropout1d(dropout), *mixing, nn.Dropout1d(dropout)), ChannelNorm(width))
 
+    def forward(self, u: Tensor) -> Tensor:
+        """(B, C, L) -> (B, C, L)"""
+        if not (ops.fuses(u) and fused.takes(u)):
+            return super().forward(u)
+        residual: Any = self[0]
+        norm: Any = self[1]
+        ssm, _, dropout, linear, *_ = residual.inner
+        return _fused_gated(ssm(u), u, linear, dropout.p if self.training else 0.0, norm)
+
 
 class GatedBlock(Residual):
     """Norm -> S4D -> GELU -> Linear -> GLU, around a shortcut: the block of the audio models.
@@ -161,6 +170,26 @@ class GatedBlock(Residual):
     def __init__(self, ssm: S4D) -> None:
         width = ssm.d_model
         super().__init__(ChannelNorm(width), ssm, nn.GELU(), nn.Conv1d(width, 2 * width, 1), nn.GLU(dim=1))
+
+    def forward(self, u: Tensor) -> Tensor:
+        """(B, C, L) -> (B, C, L)"""
+        if not (ops.fuses(u) and fused.takes(u)):
+            return super().forward(u)
+        norm, ssm, _, linear, _ = self.inner
+        return _fused_gated(ssm(norm(u)), u, linear, 0.0, None)
+
+
+def _fused_gated(y: Tensor, u: Tensor, linear: Any, dropout: float, norm: Any) -> Tensor:
+    """GELU -> dropout -> Linear -> GLU -> dropout of y, plus u, and the norm if there is one."""
+    first, second = (_share_kept(y, dropout) if dropout else None for _ in range(2))
+    v = nn.functional.conv1d(fused.gelu(y, first), linear.weight)
+    of_norm = (None, None) if norm is None else (norm.weight, norm.bias)
+    return fused.gated(v, linear.bias, u, second, *of_norm, EPSILON)
+
+
+def _share_kept(y: Tensor, dropout: float) -> Tensor:
+    """(B, C) float32: what Dropout1d multiplies the channels of y by."""
+    return nn.functional.dropout(torch.ones(y.shape[:2], device=y.device), dropout)
 
 
 def _pointwise(module: nn.Module, u: Tensor) -> Tensor:

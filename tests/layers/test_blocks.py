@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from s4audio.layers import S4D, ChannelNorm, FeedForward, S4Block
+from s4audio.layers import S4D, ChannelNorm, FeedForward, GatedBlock, PostNormBlock, S4Block
 from s4audio.ssm import backend
 from tests.ssm.systems import error
 
@@ -68,6 +68,74 @@ def test_fused_channel_norm_takes_what_is_strided_and_refuses_second_derivatives
         (first,) = torch.autograd.grad(found.square().sum(), u, create_graph=True)
     with pytest.raises(RuntimeError, match=r"no second derivatives; take them within s4audio.backend\('chunk'\)"):
         first.sum().backward()
+
+
+def gradients(block: nn.Module, u: torch.Tensor, name: str) -> dict[str, torch.Tensor]:
+    """Output and all gradients, with the same dropout every time."""
+    u = u.detach().requires_grad_()
+    block.zero_grad()
+    torch.manual_seed(2)
+    with backend(name):
+        y = block(u)
+    torch.manual_seed(1)
+    y.backward(torch.randn(y.shape).to(y))
+    found = {"y": y, "du": u.grad} | {f"d{name}": parameter.grad for name, parameter in block.named_parameters()}
+    return {name: value.detach().cpu() for name, value in found.items()}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 7), (3, 32, 300)])
+def test_a_fused_post_norm_block_equals_the_plain_one(monkeypatch, shape, dropout):
+    fused = pytest.importorskip("s4audio.layers.triton")
+    monkeypatch.setattr(fused, "PROGRAMS", 2)
+    torch.manual_seed(0)
+    block, u = PostNormBlock(S4D(shape[1], 4), dropout).to(DEVICE), torch.randn(shape, device=DEVICE)
+    with torch.no_grad():
+        block[1].weight.normal_()
+        block[1].bias.normal_()
+    if dropout:  # two masks, which are drawn in the same order
+        kept = iter([torch.bernoulli(torch.full(shape[:2], 0.6)).to(DEVICE) / 0.6 for _ in range(4)])
+        monkeypatch.setattr("s4audio.layers.blocks._share_kept", lambda y, share: next(kept))
+        monkeypatch.setattr(nn.Dropout1d, "forward", lambda module, y: y * next(kept).unsqueeze(-1))
+        masks = list(kept)[:2]
+        kept = iter(masks * 2)
+    wanted, found = (gradients(block, u, name) for name in ("chunk", "triton"))
+    for name, value in found.items():
+        assert error(value, wanted[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 7), (3, 32, 300)])
+def test_a_fused_gated_block_equals_the_plain_one(shape):
+    pytest.importorskip("s4audio.layers.triton")
+    torch.manual_seed(0)
+    block, u = GatedBlock(S4D(shape[1], 4)).to(DEVICE), torch.randn(shape, device=DEVICE)
+    wanted, found = (gradients(block, u, name) for name in ("chunk", "triton"))
+    for name, value in found.items():
+        assert error(value, wanted[name]) < 1e-5, name
+
+
+def test_fused_dropout_takes_whole_channels_and_only_in_training():
+    pytest.importorskip("s4audio.layers.triton")
+    block, u = PostNormBlock(S4D(64, 4), 0.5).to(DEVICE), torch.randn(2, 64, 9, device=DEVICE)
+    with backend("triton"):
+        first, second = block(u), block(u)
+        block.eval()
+        assert not torch.equal(first, second) and torch.equal(block(u), block(u))
+        with backend("chunk"):
+            wanted = block(u)
+        assert error(block(u), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("with_norm", [False, True])
+@pytest.mark.parametrize("with_dropout", [False, True])
+def test_fused_ends_of_blocks_are_registered_as_torch_wants_them(with_norm, with_dropout):
+    fused = pytest.importorskip("s4audio.layers.triton")
+    v, bias, u, norm = torch.randn(2, 10, 7), torch.randn(10), torch.randn(2, 5, 7), (torch.randn(5), torch.randn(5))
+    v, bias, u, *norm = (part.to(DEVICE).requires_grad_() for part in (v, bias, u, *norm))
+    keep = torch.rand(2, 5, device=DEVICE) if with_dropout else None
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(fused.gelu, (u, keep), test_utils=tests)
+    torch.library.opcheck(fused.gated, (v, bias, u, keep, *(norm if with_norm else (None, None)), 1e-5), test_utils=tests)
 
 
 @pytest.mark.parametrize("name", ["chunk", "triton"])
