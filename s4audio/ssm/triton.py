@@ -140,8 +140,7 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     shape = cut(u)
     if isinstance(system, DPLRSystem):
-        operators = chunk.dense_operators(system, shape.T, torch.float32)
-        K, P, Q, carry = operators.toeplitz[:, 0], operators.P, operators.Q, operators.A_T.re
+        K, P, Q, carry, *_ = dense_operators(system.A_bar, system.B_bar, chunk.dense_readouts(system), shape.T)
         if D is not None:
             K = K + torch.nn.functional.pad(D.float().unsqueeze(-1), (0, shape.T - 1, 0, K.shape[0] - D.shape[0]))
         carry_rest = chunk.carry_over(system, shape.rest).re if shape.rest else carry.detach()
@@ -594,6 +593,250 @@ def _carry_gradient(dcarry, log, exponent, h, n, modes, N: tl.constexpr):
     return exponent * to_log[0], exponent * to_log[1]
 
 
+# ------------------------------------------------------------------------------------------------ operators of S4
+
+
+@torch.library.custom_op("s4audio::fused_dense_operators", mutates_args=())
+def dense_operators(A: Tensor, B: Tensor, C: Tensor, T: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The operators of chunk.dense_operators, by the same doubling; but for the squares of A in one kernel.
+
+    Args:
+        A: (H, S, S) float64, S at most 2 MODES.
+        B: (H, S) float64.
+        C: (H, R, S) float64, R readouts of the same states.
+        T: samples of a chunk, a power of two.
+
+    Returns:
+        K (R H, T), P (R H, T, S) and Q (R H, S, T) float32, and the carry (R H, S, S) float64; for the gradient, Q's
+        transpose (R H, T, S) and the powers A^1, A^2, A^4, … (levels, H, S, S) float32.
+    """
+    A, B, C = A.contiguous(), B.contiguous(), C.contiguous()
+    (H, R, S), levels = C.shape, T.bit_length() - 1
+    squares = A.new_empty(levels + 1, H, S, S)
+    squares[0].copy_(A)
+    for level in range(levels):
+        torch.bmm(squares[level], squares[level], out=squares[level + 1])
+    K, P, Q, QT, powers = _empty_dense(C, T)
+    with torch.cuda.device_of(A):
+        _dense_rows[(H,)](squares, torch.bmm(C, A), B, C, K, P, Q, QT, powers, H, S, **_dense_constants(C, T))
+    return K, P, Q, squares[levels].mT.repeat(R, 1, 1), QT, powers
+
+
+def _empty_dense(C: Tensor, T: int) -> tuple[Tensor, ...]:
+    H, R, S = C.shape
+    shapes = (R * H, T), (R * H, T, S), (R * H, S, T), (R * H, T, S), (T.bit_length() - 1, H, S, S)
+    return tuple(C.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
+def _dense_constants(C: Tensor, T: int) -> dict[str, int]:
+    N = max(16, triton.next_power_of_2(C.shape[2]))
+    return {"R": C.shape[1], "T": T, "LEVELS": T.bit_length() - 1, "N": N, "num_warps": 8}  # with 4, registers spill
+
+
+@dense_operators.register_fake
+def _(A, B, C, T):
+    (H, R, S), (K, P, Q, QT, powers) = C.shape, _empty_dense(C, T)
+    return K, P, Q, A.new_empty(R * H, S, S), QT, powers
+
+
+@torch.library.custom_op("s4audio::fused_dense_operators_backward", mutates_args=())
+def _dense_operators_backward(
+    dK: Tensor, dP: Tensor, dQ: Tensor, dcarry: Tensor, P: Tensor, QT: Tensor, powers: Tensor, C: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dK, dP, dQ, dcarry, C = (v.contiguous() for v in (dK, dP, dQ, dcarry, C))
+    (H, _, S), T = C.shape, P.shape[1]
+    of_P, of_QT, of_A = P.new_empty(H, T, S), torch.empty_like(QT), P.new_empty(2, H, S, S)
+    dA, dB, dC = C.new_empty(H, S, S), C.new_empty(H, S), torch.empty_like(C)
+    _dense_rows_gradient[(H,)](
+        dK, dP, dQ, dcarry, P, QT, powers, C, of_P, of_QT, of_A, dA, dB, dC, H, S, **_dense_constants(C, T)
+    )
+    return dA, dB, dC
+
+
+@_dense_operators_backward.register_fake
+def _(dK, dP, dQ, dcarry, P, QT, powers, C):
+    H, _, S = C.shape
+    return C.new_empty(H, S, S), C.new_empty(H, S), torch.empty_like(C, memory_format=torch.contiguous_format)
+
+
+def _keep_dense(ctx, inputs, output):
+    _, P, _, _, QT, powers = output
+    ctx.save_for_backward(P, QT, powers, inputs[2])
+    ctx.set_materialize_grads(False)  # QT and powers have none
+
+
+def _dense_gradient(ctx, dK, dP, dQ, dcarry, _, __):
+    P, QT, powers, C = ctx.saved_tensors
+    S = C.shape[2]
+    wanted = P.shape[:2], P.shape, (len(P), S, P.shape[1]), (len(P), S, S)
+    given = (dK, dP, dQ, dcarry)
+    gradients = [P.new_zeros(shape) if g is None else g for g, shape in zip(given, wanted, strict=True)]
+    return *_dense_operators_backward(*gradients, P, QT, powers, C), None
+
+
+dense_operators.register_autograd(_dense_gradient, setup_context=_keep_dense)
+
+
+@triton.jit
+def _tile(matrix, row, count, column, S, M: tl.constexpr, N: tl.constexpr):
+    """Where `count` rows of a matrix of S columns lie, from `row` and `column` on, as (M, N), and what of it exists."""
+    i, n = tl.arange(0, M), column + tl.arange(0, N)
+    return matrix + (row + i)[:, None] * S + n[None, :], (i < count)[:, None] & (n < S)[None, :]
+
+
+@triton.jit
+def _rows_of(matrix, row, count, S, M: tl.constexpr, N: tl.constexpr):
+    return _tile(matrix, row, count, 0, S, M, N)
+
+
+@triton.jit
+def _tile_of_level(matrix, row, level: tl.constexpr, column, S, N: tl.constexpr):
+    """As `_tile` for 2^level rows, in a tile of at least the 16 that tensor cores take."""
+    w: tl.constexpr = 1 << level
+    M: tl.constexpr = 16 if level < 4 else 1 << level
+    return _tile(matrix, row, w, column, S, M, N)
+
+
+@triton.jit
+def _rows_of_level(matrix, row, level: tl.constexpr, S, N: tl.constexpr):
+    return _tile_of_level(matrix, row, level, 0, S, N)
+
+
+@triton.jit
+def _exact(a, b):
+    """The product of two float32 matrices, as good as float32 is. The first has 32 rows at most: of 64, three TF32 products
+    become `wgmma`, which Triton 3.6 compiles to wrong numbers and wrong addresses.
+    """
+    return tl.dot(a, b, input_precision="tf32x3")
+
+
+@triton.jit
+def _dense_rows(
+    squares, first, B, C, K, P, Q, QT, powers, channels, S,
+    R: tl.constexpr, T: tl.constexpr, LEVELS: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """A channel a program; the rows it has made so far are in memory, which its own barrier makes good to read."""
+    h, n, t = tl.program_id(0).to(tl.int64), tl.arange(0, N), tl.arange(0, T)
+    b = tl.load(B + h * S + n, mask=n < S, other=0).to(tl.float32)
+    for r in tl.static_range(R):
+        channel = (r * channels + h) * T * S
+        tl.store(P + channel + (T - 1) * S + n, b, mask=n < S)  # the latest sample has decayed least
+        tl.store(QT + channel + n, tl.load(first + (h * R + r) * S + n, mask=n < S, other=0).to(tl.float32), mask=n < S)
+    tl.debug_barrier()
+    for level in tl.static_range(LEVELS):
+        at, mask = _rows_of(squares + (level * channels + h) * S * S, 0, S, S, N, N)
+        power = tl.load(at, mask=mask, other=0).to(tl.float32)
+        at, mask = _rows_of(powers + (level * channels + h) * S * S, 0, S, S, N, N)
+        tl.store(at, power, mask=mask)
+        at, mask = _rows_of_level(P + h * T * S, T - (1 << level), level, S, N)
+        p = _exact(tl.load(at, mask=mask, other=0), tl.trans(power))
+        for r in tl.static_range(R):
+            at, mask = _rows_of_level(P + (r * channels + h) * T * S, T - (2 << level), level, S, N)
+            tl.store(at, p, mask=mask)
+            at, mask = _rows_of_level(QT + (r * channels + h) * T * S, 0, level, S, N)
+            q = _exact(tl.load(at, mask=mask, other=0), power)
+            tl.store(at + (S << level), q, mask=mask)
+        tl.debug_barrier()
+    at, mask = _rows_of(P + h * T * S, 0, T, S, T, N)
+    p = tl.load(at, mask=mask, other=0)
+    for r in tl.static_range(R):
+        c = tl.load(C + (h * R + r) * S + n, mask=n < S, other=0).to(tl.float32)
+        tl.store(K + (r * channels + h) * T + T - 1 - t, tl.sum(p * c[None, :], 1))
+        at, mask = _rows_of(QT + (r * channels + h) * T * S, 0, T, S, T, N)
+        q = tl.trans(tl.load(at, mask=mask, other=0))
+        at, mask = _rows_of(Q + (r * channels + h) * T * S, 0, S, T, N, T)
+        tl.store(at, q, mask=mask)
+
+
+@triton.jit
+def _dense_rows_gradient(
+    dK, dP, dQ, dcarry, P, QT, powers, C, of_P, of_QT, of_A, dA, dB, dC, channels, S,
+    R: tl.constexpr, T: tl.constexpr, LEVELS: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Back through the doublings. The gradient of the power at hand goes from one half of of_A to the other, 32 rows at a
+    time.
+    """
+    h, n, t = tl.program_id(0).to(tl.int64), tl.arange(0, N), tl.arange(0, T)
+    a, g = tl.zeros((N, N), tl.float32), tl.zeros((T, N), tl.float32)
+    at, mask = _rows_of(P + h * T * S, 0, T, S, T, N)
+    p = tl.load(at, mask=mask, other=0)
+    for r in tl.static_range(R):
+        channel = r * channels + h
+        k = tl.load(dK + channel * T + T - 1 - t)[:, None]
+        c = tl.load(C + (h * R + r) * S + n, mask=n < S, other=0).to(tl.float32)
+        tl.store(dC + (h * R + r) * S + n, tl.sum(k * p, 0), mask=n < S)
+        at, mask = _rows_of(dP + channel * T * S, 0, T, S, T, N)
+        g += tl.load(at, mask=mask, other=0) + k * c[None, :]
+        at, mask = _rows_of(dQ + channel * T * S, 0, S, T, N, T)
+        q = tl.trans(tl.load(at, mask=mask, other=0))
+        at, mask = _rows_of(of_QT + channel * T * S, 0, T, S, T, N)
+        tl.store(at, q, mask=mask)
+        at, mask = _rows_of(dcarry + channel * S * S, 0, S, S, N, N)
+        a += tl.trans(tl.load(at, mask=mask, other=0).to(tl.float32))  # the carry is A^T transposed
+    at, mask = _rows_of(of_P + h * T * S, 0, T, S, T, N)
+    tl.store(at, g, mask=mask)
+    at, mask = _rows_of(of_A + h * S * S, 0, S, S, N, N)
+    tl.store(at, a, mask=mask)
+    tl.debug_barrier()
+    for level in tl.static_range(LEVELS - 1, -1, -1):
+        at, mask = _rows_of(powers + (level * channels + h) * S * S, 0, S, S, N, N)
+        power = tl.load(at, mask=mask, other=0)
+        before = of_A + ((LEVELS - 1 - level) % 2 * channels + h) * S * S
+        after = of_A + ((LEVELS - level) % 2 * channels + h) * S * S
+        for half in tl.range(2 if N == 64 else 1, num_stages=1):
+            _gradient_of_square(
+                before, after, half, P, QT, powers, of_P, of_QT, channels, h, S, R, T, level, N, 32 if N == 64 else N
+            )
+        at, mask = _rows_of_level(of_P + h * T * S, T - (2 << level), level, S, N)
+        later, early = tl.load(at, mask=mask, other=0), tl.load(at + (S << level), mask=mask, other=0)
+        tl.store(at + (S << level), early + _exact(later, power), mask=mask)
+        for r in tl.static_range(R):
+            at, mask = _rows_of_level(of_QT + (r * channels + h) * T * S, 0, level, S, N)
+            early, later = tl.load(at, mask=mask, other=0), tl.load(at + (S << level), mask=mask, other=0)
+            tl.store(at, early + _exact(later, tl.trans(power)), mask=mask)
+        tl.debug_barrier()
+    at, mask = _rows_of(of_A + (LEVELS % 2 * channels + h) * S * S, 0, S, S, N, N)
+    a = tl.load(at, mask=mask, other=0)
+    tl.store(dB + h * S + n, tl.load(of_P + h * T * S + (T - 1) * S + n, mask=n < S, other=0), mask=n < S)
+    at, mask = _rows_of(powers + h * S * S, 0, S, S, N, N)
+    power = tl.load(at, mask=mask, other=0)
+    for r in tl.static_range(R):  # Q begins with C A
+        q = tl.load(of_QT + (r * channels + h) * T * S + n, mask=n < S, other=0)
+        c = tl.load(C + (h * R + r) * S + n, mask=n < S, other=0).to(tl.float32)
+        a += c[:, None] * q[None, :]
+        of_C = dC + (h * R + r) * S + n
+        tl.store(of_C, tl.load(of_C, mask=n < S, other=0) + tl.sum(power * q[None, :], 1), mask=n < S)
+    at, mask = _rows_of(dA + h * S * S, 0, S, S, N, N)
+    tl.store(at, a, mask=mask)
+
+
+@triton.jit
+def _gradient_of_square(
+    before, after, half, P, QT, powers, of_P, of_QT, channels, h, S,
+    R: tl.constexpr, T: tl.constexpr, level: tl.constexpr, N: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    """G rows of the gradient of A^w, w = 2^level: from that of its square, and from the rows of P and Q that it made."""
+    at, mask = _rows_of(powers + (level * channels + h) * S * S, 0, S, S, N, N)
+    power = tl.load(at, mask=mask, other=0)
+    at, rows = _rows_of(before, half * G, S - half * G, S, G, N)
+    a = _exact(tl.load(at, mask=rows, other=0), tl.trans(power))
+    at, mask = _tile(powers + (level * channels + h) * S * S, 0, S, half * G, S, N, G)
+    columns = tl.load(at, mask=mask, other=0)
+    at, mask = _rows_of(before, 0, S, S, N, N)
+    a += _exact(tl.trans(columns), tl.load(at, mask=mask, other=0))
+    at, mask = _tile_of_level(of_P + h * T * S, T - (2 << level), level, half * G, S, G)
+    later = tl.load(at, mask=mask, other=0)
+    at, mask = _rows_of_level(P + h * T * S, T - (1 << level), level, S, N)
+    a += _exact(tl.trans(later), tl.load(at, mask=mask, other=0))
+    for r in tl.static_range(R):
+        at, mask = _tile_of_level(QT + (r * channels + h) * T * S, 0, level, half * G, S, G)
+        early = tl.load(at, mask=mask, other=0)
+        at, mask = _rows_of_level(of_QT + (r * channels + h) * T * S, 1 << level, level, S, N)
+        a += _exact(tl.trans(early), tl.load(at, mask=mask, other=0))
+    at, rows = _rows_of(after, half * G, S - half * G, S, G, N)
+    tl.store(at, a, mask=rows)
+
+
 # ------------------------------------------------------------------------------------------------ the walk
 
 
@@ -818,7 +1061,8 @@ def _refuse_second_derivatives(ctx, *gradients):
     raise RuntimeError("the fused engine has no second derivatives; take them within s4audio.backend('chunk').")
 
 
-for _gradient in (_discretize_backward, _diagonal_operators_backward, _walk_backward):
+_GRADIENTS = _discretize_backward, _diagonal_operators_backward, _dense_operators_backward, _walk_backward
+for _gradient in _GRADIENTS:
     _gradient.register_autograd(_refuse_second_derivatives)
 
 

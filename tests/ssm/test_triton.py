@@ -459,6 +459,9 @@ def test_operations_are_registered_as_torch_wants_them(H):
     torch.library.opcheck(fused.diagonal_operators, (log, B, C, D, T, 5), test_utils=tests)
     operators = [v.detach().requires_grad_() for v in fused.diagonal_operators(log, B, C, None, T, 5)]
     u, x = torch.randn(2, H, 69, device=DEVICE, requires_grad=True), torch.randn(H, 2, 2 * modes, device=DEVICE)
+    dense = torch.randn(H, 2 * modes, 2 * modes) / 4, torch.randn(H, 2 * modes), torch.randn(H, 2, 2 * modes)
+    dense = [v.double().to(DEVICE).requires_grad_() for v in dense]
+    torch.library.opcheck(fused.dense_operators, (*dense, 16), test_utils=tests)
     for before in (x, x.clone().requires_grad_(), None):
         for final in (False, True):
             torch.library.opcheck(fused.walk, (u, before, *operators, True, final), test_utils=tests)

@@ -30,6 +30,8 @@ run, shared = JITFunction.run, {}
 def compile_only(self, *args, grid, warmup, **kwargs):
     kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
     shared[self.__name__] = max(shared.get(self.__name__, 0), kernel.metadata.shared)
+    wrong = [line for line in kernel.asm["ptx"].splitlines() if "wgmma" in line and "tf32" in line]
+    assert not wrong, f"{self.__name__} multiplies 64 rows as three TF32 products, which Triton 3.6 compiles to wrong numbers"
 
 driver.set_active(Driver())
 JITFunction.run = compile_only
@@ -50,6 +52,7 @@ print(json.dumps(shared))
 SHAPES = [(2, 200, 64), (1, 1, 64), (40, 130, 2)]  # batch, length, d_state: segments of one chunk, a rest, one sample, tiles
 WALK = {"_sums", "_starts", "_forward", "_backward", "_totals"}
 OPERATORS = {"_operators", "_operators_backward", "_discretize", "_discretize_gradient"}
+DENSE = {"_dense_rows", "_dense_rows_gradient"}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -62,6 +65,6 @@ def test_kernels_compile_for_an_h100(kind, init, dtype):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     shared = json.loads(done.stdout)
-    assert set(shared) == (WALK if kind == "dplr" else WALK | OPERATORS)
+    assert set(shared) == WALK | (DENSE if kind == "dplr" else OPERATORS)
     for name, taken in shared.items():
         assert taken <= 227 * 1024 // 2, f"{name} takes {taken} bytes of shared memory: two programs would not fit"
