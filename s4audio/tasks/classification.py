@@ -70,10 +70,12 @@ class ClassificationTask(TrainingTask):
         loss = F.cross_entropy(logits, label, label_smoothing=self.label_smoothing)
         return {"cross_entropy": loss, "accuracy": (logits.argmax(1) == label).float().mean()}
 
+    def weights(self, names: list[str], step: int | None) -> list[float]:
+        return [float(name == "cross_entropy") for name in names]
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """One batch of sequences (B, channels, L) and labels (B,)."""
-        found = self.captured_losses(*batch)
-        loss = found["cross_entropy"].clone()
+        loss, found = self.total_and_losses(*batch)
         self.check_finite(loss, {"cross_entropy": loss.detach()})
         trainer: Any = self.trainer
         every = trainer.log_every_n_steps

@@ -1,6 +1,5 @@
 """The one task that trains every generator: sum the losses that the model names, step, validate, listen."""
 
-import torch
 from torch import Tensor, nn
 
 from s4audio.metrics.signal import si_sdr
@@ -42,17 +41,17 @@ class GenerativeTask(TrainingTask):
         """The model's own."""
         return self.model.training_losses(*batch)
 
-    def total_loss(self, losses: dict[str, Tensor], step: int | None = None) -> Tensor:
-        """The weighted sum, with the weights of that training step, or their final ones.
+    def weights(self, names: list[str], step: int | None) -> list[float]:
+        """As of TrainingTask.
 
         Raises:
             ValueError: a weight or a warm-up is given for a loss that the model does not have.
         """
         for argument, named in (("loss_weights", self.loss_weights), ("loss_warmup_steps", self.loss_warmup_steps)):
-            unknown = set(named) - set(losses)
+            unknown = set(named) - set(names)
             if unknown:
-                raise ValueError(f"{argument} names {sorted(unknown)}, but the model has the losses {sorted(losses)}.")
-        return torch.stack([self._weight(name, step) * loss for name, loss in losses.items()]).sum()
+                raise ValueError(f"{argument} names {sorted(unknown)}, but the model has the losses {sorted(names)}.")
+        return [self._weight(name, step) for name in names]
 
     def _weight(self, name: str, step: int | None) -> float:
         warmup = self.loss_warmup_steps.get(name, 0)
@@ -61,8 +60,7 @@ class GenerativeTask(TrainingTask):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """One batch of clips (B, 1, T)."""
-        losses = self.captured_losses(batch)
-        total = self.total_loss(losses, self.global_step)
+        total, losses = self.total_and_losses(batch)
         kept = {name: loss.detach().clone() for name, loss in losses.items()}
         self.check_finite(total, kept)
         self.log_dict({f"train/{name}": loss for name, loss in kept.items()})

@@ -1,4 +1,4 @@
-"""The losses of a training step and their gradients as CUDA graphs: two launches in place of thousands."""
+"""The losses of a training step and their gradients as one CUDA graph: a launch in place of thousands."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 
 Losses = Callable[..., dict[str, Tensor]]
+WARM_UP = 3  # runs before the capture: kernels are compiled and libraries choose theirs
 
 
 class LossGraph:
-    """The losses of a model for batches of one shape, captured from a first one.
+    """The losses of a model for batches of one shape, and the gradient of their weighted sum, captured from a first batch.
 
-    Capturing runs the model a few times; what it counts (buffers) and draws (random numbers) is put back. The losses lie in
-    the same memory every time: the next call overwrites them. Gradients too, so that they cannot be added up over batches.
+    Capturing runs the model a few times; what it counts (buffers) and draws (random numbers) is put back. Losses and
+    gradients lie in the same memory every time: the next call overwrites them, and they cannot be added up over batches.
 
     Args:
         model: whose parameters get the gradients.
@@ -25,19 +26,19 @@ class LossGraph:
     """
 
     def __init__(self, model: nn.Module, losses: Losses, batch: tuple[Tensor, ...]) -> None:
-        self.shapes = [part.shape for part in batch]
-        device = batch[0].device
+        self.batch = [part.clone() for part in batch]
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.anchor = torch.zeros((), device=batch[0].device, requires_grad=True)
+        self.graph = torch.cuda.CUDAGraph()
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        random_state = torch.cuda.get_rng_state(device)
+        random_state = torch.cuda.get_rng_state(batch[0].device)
         # Graphs cannot hold autocast's cache of weights, which lives from step to step.
         autocast = torch.autocast(
             "cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), cache_enabled=False
         )
         try:
             with autocast:
-                self.losses: Any = torch.cuda.make_graphed_callables(
-                    _Losses(model, losses), tuple(part.clone() for part in batch), allow_unused_input=True
-                )
+                self._capture(losses)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -48,19 +49,56 @@ class LossGraph:
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(before[name])
-        torch.cuda.set_rng_state(random_state, device)
+        torch.cuda.set_rng_state(random_state, batch[0].device)
 
-    def __call__(self, *batch: Tensor) -> dict[str, Tensor]:
-        """The losses of a batch of those shapes."""
-        return self.losses(*batch)
+    def _capture(self, losses: Losses) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self.names = list(losses(*self.batch))
+            self.given = [1.0] * len(self.names)
+            self.weights = torch.ones(len(self.names), device=self.batch[0].device)
+            for _ in range(WARM_UP):
+                self._run(losses)
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(self.graph):
+            self.values, self.total, self.gradients = self._run(losses)
+
+    def _run(self, losses: Losses) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+        values = torch.stack([loss.float() for loss in losses(*self.batch).values()])
+        total = (self.weights * values).sum()
+        gradients = torch.autograd.grad(total, self.parameters, allow_unused=True)
+        return values.detach(), total.detach(), gradients
+
+    def takes(self, batch: tuple[Tensor, ...]) -> bool:
+        """Whether a batch has the captured shapes."""
+        return [part.shape for part in batch] == [part.shape for part in self.batch]
+
+    def __call__(
+        self, batch: tuple[Tensor, ...], weights: Callable[[list[str]], list[float]]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum of a batch's losses, whose `backward` gives the parameters their gradients; and the losses."""
+        for part, ours in zip(batch, self.batch, strict=True):
+            ours.copy_(part, non_blocking=True)
+        given = weights(self.names)
+        if given != self.given:
+            self.weights.copy_(torch.tensor(given), non_blocking=True)
+            self.given = given
+        self.graph.replay()
+        total: Any = _Replayed.apply(self.anchor, self)
+        return total, dict(zip(self.names, self.values, strict=True))
 
 
-class _Losses(nn.Module):
-    """The losses as a module, which is what gives a graph its parameters."""
+class _Replayed(torch.autograd.Function):
+    """The total of a graph; its gradients are there already."""
 
-    def __init__(self, model: nn.Module, losses: Losses) -> None:
-        super().__init__()
-        self.model, self.losses = model, losses
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, graph: LossGraph) -> Tensor:
+        ctx.graph = graph
+        return graph.total.clone()
 
-    def forward(self, *batch: Tensor) -> dict[str, Tensor]:
-        return self.losses(*batch)
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        for parameter, ours in zip(ctx.graph.parameters, ctx.graph.gradients, strict=True):
+            parameter.grad = ours
+        return None, None

@@ -28,7 +28,7 @@ class TrainingTask(lightning.LightningModule):
         warmup_steps: of a rise of the learning rates.
         decay_steps: the step at which they have come down again; None keeps them.
         cuda_graph: on a GPU, capture the losses and their gradients once and replay them, where batches have one shape
-            and gradients are not accumulated; else, and elsewhere, it changes nothing.
+            and gradients are neither accumulated nor scaled; else, and elsewhere, it changes nothing.
         compile: have torch.compile fuse the model's small operations; it takes a minute or so at the start.
 
     Raises:
@@ -67,6 +67,10 @@ class TrainingTask(lightning.LightningModule):
     def losses(self, *batch: Tensor) -> dict[str, Tensor]:
         """Named losses and scores of a batch, for the gradient."""
 
+    @abstractmethod
+    def weights(self, names: list[str], step: int | None) -> list[float]:
+        """Of the named losses in a training step's total; of scores that are no losses, 0. None is the last step."""
+
     @property
     def scored_model(self) -> Any:
         """The model that is scored and saved."""
@@ -98,14 +102,22 @@ class TrainingTask(lightning.LightningModule):
     def on_fit_end(self) -> None:
         self.graph = None  # its memory, and that of weights which may move
 
-    def captured_losses(self, *batch: Tensor) -> dict[str, Tensor]:
-        """`losses`, from a CUDA graph where there is one."""
-        alone = self.trainer.accumulate_grad_batches == 1 and self.trainer.world_size == 1
-        if self.graph is None and self.cuda_graph and batch[0].is_cuda and alone:
+    def total_and_losses(self, *batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The total that a step descends, and the losses in it; from a CUDA graph where there is one."""
+        step = self.global_step
+        trainer = self.trainer
+        safe = trainer.accumulate_grad_batches == 1 and trainer.world_size == 1 and trainer.precision != "16-mixed"
+        if self.graph is None and self.cuda_graph and batch[0].is_cuda and safe:
             self.graph = LossGraph(self.model, self._losses, batch)
-        if alone and self.graph is not None and self.graph.shapes == [part.shape for part in batch]:
-            return self.graph(*batch)
-        return self._losses(*batch)
+        if safe and self.graph is not None and self.graph.takes(batch):
+            return self.graph(batch, lambda names: self.weights(names, step))
+        losses = self._losses(*batch)
+        return self.total_loss(losses, step), losses
+
+    def total_loss(self, losses: dict[str, Tensor], step: int | None = None) -> Tensor:
+        """The weighted sum, with the weights of that training step, or their final ones."""
+        weights = self.weights(list(losses), step)
+        return torch.stack([weight * loss for weight, loss in zip(weights, losses.values(), strict=True)]).sum()
 
     def check_finite(self, total: Tensor, losses: dict[str, Tensor]) -> None:
         """Refuse to go on with a loss that is no number; on a GPU at the next step, since to look now would be to wait.

@@ -200,10 +200,11 @@ def test_wrong_input_ends_in_a_sentence_and_status_2(recipe, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_loss_that_is_no_number_ends_the_training():
+def test_a_loss_that_is_no_number_ends_the_training(monkeypatch):
     from s4audio import S4Model
 
     task = ClassificationTask(S4Model(1, 2, 4, 1, d_state=4))
-    task.captured_losses = task.losses
+    monkeypatch.setattr(task, "_trainer", lightning.Trainer(logger=False, accelerator="cpu"))
+    task.on_fit_start()
     with pytest.raises(DivergenceError, match="the cross_entropy loss is nan at step 0"):
         task.training_step((torch.full((2, 1, 8), float("nan")), torch.tensor([0, 1])), 0)

@@ -73,7 +73,7 @@ def captured(monkeypatch) -> list[LossGraph]:
     """Grows by one whenever a graph is replayed."""
     replayed: list[LossGraph] = []
     real = LossGraph.__call__
-    monkeypatch.setattr(LossGraph, "__call__", lambda self, *batch: replayed.append(self) or real(self, *batch))
+    monkeypatch.setattr(LossGraph, "__call__", lambda self, *given: replayed.append(self) or real(self, *given))
     return replayed
 
 
