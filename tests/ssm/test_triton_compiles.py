@@ -31,7 +31,7 @@ def compile_only(self, *args, grid, warmup, **kwargs):
     kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
     shared[self.__name__] = max(shared.get(self.__name__, 0), kernel.metadata.shared)
     wrong = [line for line in kernel.asm["ptx"].splitlines() if "wgmma" in line and "tf32" in line]
-    assert not wrong, f"{self.__name__} multiplies 64 rows as three TF32 products, which Triton 3.6 compiles to wrong numbers"
+    assert not wrong, f"{self.__name__} multiplies 64 rows as three TF32 products: Triton 3.6 compiles wrong numbers"
 
 driver.set_active(Driver())
 JITFunction.run = compile_only
