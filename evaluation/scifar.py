@@ -100,7 +100,7 @@ def draw(runs: list[Path], rows: list[dict[str, Any]], folder: Path) -> None:
         lines = {"training": curves[f"train/{score_name}"], "held out": curves[f"valid/{score_name}"]}
         save_figure(folder / f"scifar_{score_name}.png", curves_figure(lines, score_name, log))
     save_figure(folder / "scifar_classes.png", bars_figure(rows[0]["per_class"], f"test accuracy, {rows[0]['recipe']}"))
-    means = {line["recipe"]: line["test_accuracy"] for line in summary(rows)}
+    means = {line["recipe"].replace(",", ", "): line["test_accuracy"] for line in summary(rows)}
     save_figure(folder / "scifar_recipes.png", bars_figure(means, "test accuracy, mean over seeds"))
     before, after = memories(initial(run)), memories(checkpoint.load(run / "best"))
     steps = {

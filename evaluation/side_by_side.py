@@ -42,9 +42,15 @@ def split(job: str) -> tuple[str, dict[str, str], str, str]:
     return recipe, dict(change.split("=", 1) for change in changes), seed, device
 
 
-def start(job: str, index: int, args: argparse.Namespace) -> tuple[str, subprocess.Popen[bytes]]:
-    """The run's name, and `s4audio fit` on it in a process of its own."""
-    recipe, changes, seed, device = split(job)
+def gpus() -> list[str]:
+    """Those that may be used, as CUDA_VISIBLE_DEVICES names them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",") if given else [str(device) for device in range(torch.cuda.device_count())]
+
+
+def start(job: str, gpu: str | None, args: argparse.Namespace) -> tuple[str, subprocess.Popen[bytes]]:
+    """The run's name, and `s4audio fit` on it in a process of its own; on the CPU if there is no GPU for it."""
+    recipe, changes, seed, _ = split(job)
     name = f"{job.partition('@')[0].rpartition(':')[0]}_{seed}".replace("/", "-")
     command = [sys.executable, "-m", "s4audio", "fit", "--config", f"recipes/{recipe}.yaml", "--out", f"{args.out}/{name}"]
     command += ["--seed_everything", seed, *args.options]
@@ -54,12 +60,10 @@ def start(job: str, index: int, args: argparse.Namespace) -> tuple[str, subproce
         command += ["--steps", str(args.steps)]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
-    if device == "cpu" or not torch.cuda.is_available():
+    if gpu is None:
         command += ["--trainer.accelerator", "cpu"]
     else:
-        given = os.environ.get("CUDA_VISIBLE_DEVICES")
-        devices = given.split(",") if given else [str(device) for device in range(torch.cuda.device_count())]
-        environment["CUDA_VISIBLE_DEVICES"] = devices[index % len(devices)]
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
     with open(Path(args.out) / f"{name}.log", "ab") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
     return name, process
@@ -81,6 +85,8 @@ def main() -> int:
     end = given.index("--") if "--" in given else len(given)
     args = parser.parse_args(given[:end])
     args.options = given[end + 1 :]
+    if args.at_once is not None and args.at_once < 1:
+        parser.error(f"--at_once is {args.at_once}; wanted at least 1 run.")
     for job in args.jobs:
         try:
             split(job)
@@ -88,17 +94,22 @@ def main() -> int:
             parser.error(str(error))
     Path(args.out).mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    on_gpu = [job for job in args.jobs if not job.endswith("@cpu")]
     waiting, runs = list(args.jobs), {}
+    on_gpu: list[tuple[str, subprocess.Popen[bytes]]] = []
     try:
         while waiting or any(process.poll() is None for process in runs.values()):
             if args.minutes and time.monotonic() - began > 60 * args.minutes:
                 break
             running = sum(process.poll() is None for process in runs.values())
             if waiting and (not args.at_once or running < args.at_once):
-                job = waiting.pop(0)
-                name, process = start(job, on_gpu.index(job) if job in on_gpu else 0, args)
-                runs[name] = process
+                job, gpu = waiting.pop(0), None
+                if torch.cuda.is_available() and not job.endswith("@cpu"):  # the one with the fewest runs
+                    busy = [of for of, process in on_gpu if process.poll() is None]
+                    gpu = min(gpus(), key=busy.count)
+                name, runs_it = start(job, gpu, args)
+                runs[name] = runs_it
+                if gpu is not None:
+                    on_gpu.append((gpu, runs_it))
             else:
                 time.sleep(0.5)
     finally:

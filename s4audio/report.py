@@ -237,8 +237,8 @@ def histogram_figure(values: Mapping[str, Tensor], xlabel: str, of: str = "clips
 
 @_styled
 def bars_figure(values: Mapping[str, float], xlabel: str) -> "Figure":
-    """One bar for each name, with its value."""
-    figure = _figure(4.4, 0.6 + 0.22 * len(values))
+    """One bar for each name, with its value; the figure is wider for longer names."""
+    figure = _figure(3.5 + 0.08 * max(map(len, values)), 0.6 + 0.22 * len(values))
     axis = figure.subplots()
     bars = axis.barh(list(values), list(values.values()), color=ACCENT, height=0.7)
     axis.bar_label(bars, fmt="%.3f", padding=3, fontsize=8)

@@ -108,7 +108,7 @@ class S4D(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """(B, H, L) -> (B, H, L)"""
-        return ssm.convolve(self.system(), u, self.D)
+        return ssm.convolve(self.system(), u, self.D, self.bidirectional)
 
     def initial_state(self, batch_size: int) -> S4State:
         """The state before the first sample: silence."""

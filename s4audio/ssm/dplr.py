@@ -5,6 +5,7 @@ this is linear over the reals, A x = Lambda x - P 2 Re(P^* x), so here it is an 
 [Re x, Im x]: half the size of the complex matrix, and no complex product on the way to the engine.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from s4audio.ssm.diagonal import check_gap, check_shapes
-from s4audio.ssm.discretize import DENSE, check_discretization, matrix_exp
+from s4audio.ssm.discretize import DENSE, SQUARINGS, check_discretization, matrix_exp
 
 
 class DPLRSystem(NamedTuple):
@@ -72,7 +73,7 @@ def dplr_system(
     A_bar, B_bar = DENSE[discretization](Z, partial(resolvent, A, P, dt), real_vector(B), dt, alpha)
     per_sample = gap if isinstance(gap, Tensor) else None
     if per_sample is None and gap != 1.0:
-        A_bar = matrix_exp(Z * float(gap))
+        A_bar = matrix_exp(Z * float(gap), SQUARINGS + max(0, math.frexp(gap)[1]))
     family = {"bilinear": 0.5, "generalized_bilinear": alpha}
     return DPLRSystem(A_bar, B_bar, C, A, P, B, dt, family.get(discretization), per_sample)
 

@@ -76,13 +76,13 @@ def run(system: System, u: Tensor, state: Tensor | None = None, D: Tensor | None
         RuntimeError: the backend in force is `triton`, and it cannot run this; the message says why.
     """
     _check_input(system, u)
+    _check_skip(u, D)
     if system.gap is not None:
         _check_gaps(system.gap, u)
     with torch.autocast(u.device.type, enabled=False):
         dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
         x = _to_real(system, state, u, dtype)
         if _runs_fused(system, u):
-            _check_skip(u, D)
             y, x = fused.run(system, u, x, D)
         else:
             y, x = _run_plain(system, u, x, D)
@@ -108,34 +108,37 @@ def _of_each_channel(system: System) -> System:
     return system._replace(A_bar=A_bar, B_bar=B_bar, Lambda=Lambda, P=P, B=B, dt=dt)
 
 
-def convolve(system: System, u: Tensor, D: Tensor | None = None) -> Tensor:
+def convolve(system: System, u: Tensor, D: Tensor | None = None, bidirectional: bool = False) -> Tensor:
     """The system's output from silence: `run` for whoever needs no state, which saves memory and time.
 
-    A system of 2 H channels (`both_ways`) runs over u (batch, H, L) forward in time in the first H, backward in the others,
-    and y is their sum.
+    Args:
+        u: (batch, H, L), as of `run`.
+        D: (H,), as of `run`.
+        bidirectional: the system has 2 H channels (`both_ways`), of which the first H run forward in time and the others
+            backward; y is their sum.
 
-    Args: u and D as of `run`. Returns y (batch, H, L).
+    Returns:
+        y (batch, H, L) in u's dtype.
 
     Raises:
-        ValueError: as `run`; or a system of both ways has one gap per sample, which has no backward direction of its own.
+        ValueError: as `run`; or a bidirectional system has one gap per sample.
         RuntimeError: as `run`.
     """
-    directions = 2 if u.dim() == 3 and system.C.shape[0] == 2 * u.shape[1] else 1
-    _check_input(system, u, directions)
+    _check_input(system, u, 1 + bidirectional)
+    _check_skip(u, D)
     if system.gap is not None:
-        if directions == 2:
+        if bidirectional:
             raise ValueError(
                 "a system with one gap per sample varies in time, and has no backward direction of its own; run it one way."
             )
         _check_gaps(system.gap, u)
     with torch.autocast(u.device.type, enabled=False):
         if _runs_fused(system, u):
-            _check_skip(u, D)
             return fused.convolve(system, u, D)
-        both = torch.cat([u, u.flip(-1)], dim=1) if directions == 2 else u
+        both = torch.cat([u, u.flip(-1)], dim=1) if bidirectional else u
         dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
         y = _run_plain(system, both, _to_real(system, None, both, dtype), None)[0]
-        if directions == 2:
+        if bidirectional:
             ahead, back = y.chunk(2, dim=1)
             y = ahead + back.flip(-1)
         return _skip(y, u, D)
@@ -155,7 +158,6 @@ def _check_skip(u: Tensor, D: Tensor | None) -> None:
 
 
 def _skip(y: Tensor, u: Tensor, D: Tensor | None) -> Tensor:
-    _check_skip(u, D)
     return y if D is None else torch.addcmul(y, u, D.to(y.dtype).unsqueeze(-1))
 
 

@@ -17,10 +17,10 @@ The samples after the last whole chunk are a chunk of their own with the last ro
 Backward in time, for the second half of the channels of a layer that runs both ways, the same kernels take the chunks from
 the end and the operators mirrored (REVERSE), and add to the y and du that are there: nothing is turned over in memory.
 
-Sums and states are float32. Products of float32 are three bfloat16 products ("bf16x3": each factor is split into a high and
-a low part of 8 bits, 2^-17), and below SMALL numbers of input, where time does not matter, three TF32 products (2^-22: as
-exact as float32 is), which take twice the time and registers. float16 splits into two bfloat16 numbers without a rest, and
-bfloat16 is one product. S4's dense carry is TF32 always.
+Sums and states are float32. Products of float32 are three TF32 products forward (2^-22: values as exact as float32 is) and
+three bfloat16 products backward ("bf16x3": each factor is split into a high and a low part of 8 bits, 2^-17), which take
+half the time and half the registers; below SMALL numbers of input, where time does not matter, backward too is TF32. float16
+splits into two bfloat16 numbers without a rest, and bfloat16 is one product. S4's dense carry is TF32 always.
 """
 
 import math
@@ -49,8 +49,8 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: the ke
 class Precision(NamedTuple):
     """How an input's dtype is multiplied, and in chunks of how many samples: shorter ones where a factor has two parts."""
 
-    of_few: str  # below SMALL numbers
-    of_many: str
+    forward: str
+    backward: str  # of SMALL numbers or more; of fewer as forward
     T: int
 
 
@@ -899,7 +899,7 @@ def _walk_one_way(
     batch, channels, length = u.shape
     shape = cut(u, _groups(batch, carry.shape[-1] == P.shape[-1]))
     S, T = P.shape[-1], shape.T
-    common = _constants(S, T, carry, u) | {"REVERSE": reverse}
+    common = _constants(S, T, carry, PRECISION[u.dtype].forward) | {"REVERSE": reverse}
     strides = u.stride(0), u.stride(1), y.stride(0), y.stride(1), X.stride(0), X.stride(1)
     skipped = int(x is None)  # the first state is not kept
     if shape.num_chunks:
@@ -938,10 +938,9 @@ def _programs(lanes: int, channels: int) -> tuple[int, int]:
     return programs, triton.cdiv(tiles, programs)
 
 
-def _constants(S: int, T: int, carry: Tensor, u: Tensor) -> dict[str, Any]:
+def _constants(S: int, T: int, carry: Tensor, product: str) -> dict[str, Any]:
     """What the kernels of a walk have in common."""
     N = max(16, triton.next_power_of_2(S // 2))
-    product = PRECISION[u.dtype].of_few if u.numel() < SMALL else PRECISION[u.dtype].of_many
     return {"modes": S // 2, "R": LANES, "T": T, "N": N, "DENSE": carry.shape[-1] == S, "PRODUCT": product, **OPTIONS}
 
 
@@ -976,7 +975,7 @@ def _chain(sums: Tensor, x: Tensor | None, carry: Tensor, shape: Cut, batch: int
         if back:
             over_span, over_last = over_span.mT.contiguous(), over_last.mT.contiguous()
     N, groups = max(16, triton.next_power_of_2(S // 2)), _groups(batch, dense)
-    rows = LANES if dense else max(LANES, min(CHAIN, groups * triton.next_power_of_2(batch)))
+    rows = LANES if dense else CHAIN
     _starts[(triton.cdiv(batch * groups, rows), channels)](
         sums, *_given(x, sums), starts, over_span, over_last, batch, shape.num_segments, shape.span, shape.last_span, S // 2,
         BACK=back, R=rows, N=N, DENSE=dense, GROUPS=groups,
@@ -1023,7 +1022,9 @@ def _walk_back_one_way(
     batch, channels, length = u.shape
     shape = cut(u, _groups(batch, carry.shape[-1] == P.shape[-1]))
     S, T = P.shape[-1], shape.T
-    common = _constants(S, T, carry, u) | {"REVERSE": reverse}
+    precision = PRECISION[u.dtype]
+    product = precision.forward if u.numel() < SMALL else precision.backward
+    common = _constants(S, T, carry, product) | {"REVERSE": reverse}
     body, body_tiles = _programs(batch * shape.num_segments, channels) if shape.num_chunks else (0, 0)
     rest, rest_tiles = _programs(batch, channels) if shape.rest else (0, 0)
     strides = tuple(stride for v in (u, dy, du, X) for stride in v.stride()[:2])

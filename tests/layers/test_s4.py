@@ -97,3 +97,9 @@ def test_wrong_arguments_are_refused_with_the_value(arguments, message):
 def test_s4_wants_a_low_rank_term():
     with pytest.raises(ValueError, match=r"'lin', which has no low-rank term.*use S4D"):
         S4(2, 8, init="lin")
+
+
+@pytest.mark.parametrize("bidirectional, channels", [(False, 4), (False, 16), (True, 4), (True, 16)])
+def test_another_number_of_channels_is_refused(bidirectional, channels):
+    with pytest.raises(ValueError, match=rf"u has shape \(2, {channels}, 50\); wanted \(batch, 8, length\)"):
+        S4D(8, 8, bidirectional=bidirectional)(torch.randn(2, channels, 50))

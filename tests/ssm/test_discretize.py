@@ -105,6 +105,14 @@ def test_matrix_exponential_keeps_the_digits_of_small_and_of_stiff_systems(dt):
     assert error(E, expm(Z.numpy()) - np.eye(Z.shape[-1])) < 1e-9  # where scipy's has lost digits to the 1
 
 
+@pytest.mark.parametrize("d_state, dt, gap", [(64, 0.1, 3000.0), (64, 1e-3, 1e6), (256, 0.1, 1000.0)])
+def test_a_long_gap_is_bridged_in_one_step(d_state, dt, gap):
+    values = parameters("dplr", "legs", 1, d_state) | {"dt": torch.full((1, 1), dt, dtype=torch.float64)}
+    A_bar = discretize(values, "async", gap=gap).A_bar
+    wanted = torch.matrix_exp(dt * gap * real_matrix(values["A"], values["P"]))
+    assert (A_bar - wanted).abs().max() < 1e-8
+
+
 def test_matrix_exponential_has_the_gradient_of_torchs():
     Z = torch.randn(3, 5, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn_like(Z)

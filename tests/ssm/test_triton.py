@@ -399,7 +399,7 @@ def test_a_skip_term_of_another_size_is_refused_and_a_conjugate_is_taken(name):
 def test_gaps_have_no_backward_direction():
     system = discretize(parameters("diagonal", "lin", 4, 8), "async", torch.float32, gap=torch.ones(5))
     with pytest.raises(ValueError, match="no backward direction"):
-        ops.convolve(system, torch.ones(1, 2, 5))
+        ops.convolve(system, torch.ones(1, 2, 5), bidirectional=True)
 
 
 def test_discretization_keeps_a_gap_and_leaves_other_precisions_to_pytorch(monkeypatch):
