@@ -301,7 +301,7 @@ def _gate(v, v_c, bias, exists, channels, C: tl.constexpr):
     of_a = tl.load(bias + c, mask=c < channels, other=0)
     of_b = tl.load(bias + channels + c, mask=c < channels, other=0)
     a = tl.load(v, mask=exists, other=0).to(tl.float32) + of_a[:, None]
-    b = tl.load(v + channels * v_c, mask=exists, other=0).to(tl.float32) + of_b[:, None]
+    b = tl.load(v + tl.cast(channels, tl.int64) * v_c, mask=exists, other=0).to(tl.float32) + of_b[:, None]
     return a, 1 / (1 + tl.exp(-b))
 
 
@@ -364,7 +364,7 @@ def _gated_gradient(
         of_gate = g * a * (1 - gate)
         at, _ = _tile(dv, index, dv_b, dv_c, channels, length, C, T)
         tl.store(at, g, mask=exists)
-        tl.store(at + channels * dv_c, of_gate, mask=exists)
+        tl.store(at + tl.cast(channels, tl.int64) * dv_c, of_gate, mask=exists)
         of_a += tl.sum(g, 1)
         of_b += tl.sum(of_gate, 1)
     at = partial + program * channels + c

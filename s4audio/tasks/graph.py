@@ -61,14 +61,15 @@ class LossGraph:
             for _ in range(WARM_UP):
                 self._run(losses)
         torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # a loader's thread may pin memory meanwhile
             self.values, self.total, self.gradients = self._run(losses)
 
     def _run(self, losses: Losses) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
         values = torch.stack([loss.float() for loss in losses(*self.batch).values()])
         total = (self.weights * values).sum()
-        gradients = torch.autograd.grad(total, self.parameters, allow_unused=True)
-        return values.detach(), total.detach(), gradients
+        with torch.autocast("cuda", enabled=False):  # as a backward pass outside of the graph
+            gradients = torch.autograd.grad(total, self.parameters, allow_unused=True)
+        return values.detach(), total.detach(), tuple(map(laid_out, gradients, self.parameters))
 
     def takes(self, batch: tuple[Tensor, ...]) -> bool:
         """Whether a batch has the captured shapes."""
@@ -87,6 +88,13 @@ class LossGraph:
         self.graph.replay()
         total: Any = _Replayed.apply(self.anchor, self)
         return total, dict(zip(self.names, self.values, strict=True))
+
+
+def laid_out(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
+    """The gradient as it would be accumulated: in memory as the parameter is, which fused optimizers take for granted."""
+    if gradient is None or gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
 
 
 class _Replayed(torch.autograd.Function):

@@ -10,7 +10,7 @@ from torch.nn.utils import parameters_to_vector
 from s4audio import CausalAutoencoder, ConvVAE
 from s4audio.models import PatchS4Model, S4Model
 from s4audio.tasks import ClassificationTask, DivergenceError, GenerativeTask, TrainingTask
-from s4audio.tasks.graph import LossGraph
+from s4audio.tasks.graph import LossGraph, laid_out
 
 
 def train(task: TrainingTask, batches: Any, steps: int, accelerator: str = "cuda", **options) -> list[float]:
@@ -141,3 +141,14 @@ def test_gpu_a_model_that_reads_back_is_refused_with_the_way_out():
 
     with pytest.raises(RuntimeError, match=r"cannot be captured.*Train with --model.init_args.cuda_graph false"):
         LossGraph(model, losses, (torch.randn(2, 1, 512, device="cuda"),))
+
+
+def test_gradients_lie_in_memory_as_their_parameters_do():
+    model = models()[0]
+    loss = model.training_losses(torch.randn(2, 1, 512))["l1"]
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(loss, parameters)
+    assert any(g.stride() != p.stride() for g, p in zip(gradients, parameters, strict=True))  # what autograd makes of views
+    for gradient, parameter in zip(gradients, parameters, strict=True):
+        found = laid_out(gradient, parameter)
+        assert found.stride() == parameter.stride() and torch.equal(found, gradient)
