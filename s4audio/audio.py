@@ -142,14 +142,14 @@ def write_audio(path: str | Path, audio: Tensor, sample_rate: int) -> int:
         raise AudioError(f"{path}: {path.suffix or 'no extension'} is not a format this can write; use .wav or .flac.")
     if kind == "WAV":
         return write_blocks(path, [audio], sample_rate)
-    encoded = encode_flac(audio, sample_rate)  # in memory, since libsndfile turns a full disk into an assertion
+    encoded = encode(audio, sample_rate, "FLAC")  # in memory, since libsndfile turns a full disk into an assertion
     with replacing(path) as file:
         file.write(encoded)
     return int((audio.abs() > 1).sum())
 
 
-def encode_flac(audio: Tensor, sample_rate: int) -> bytes:
-    """(channels, samples) as the bytes of a 16-bit FLAC file; what is beyond full scale is clipped.
+def encode(audio: Tensor, sample_rate: int, file_format: str) -> bytes:
+    """(channels, samples) as the bytes of a 16-bit FLAC or WAV file; what is beyond full scale is clipped.
 
     Raises:
         AudioError: a value is not finite.
@@ -157,7 +157,7 @@ def encode_flac(audio: Tensor, sample_rate: int) -> bytes:
     import soundfile
 
     encoded = io.BytesIO()
-    soundfile.write(encoded, _to_pcm(audio), sample_rate, format="FLAC", subtype="PCM_16")
+    soundfile.write(encoded, _to_pcm(audio), sample_rate, format=file_format, subtype="PCM_16")
     return encoded.getvalue()
 
 

@@ -1,7 +1,7 @@
 """Pictures of signals and pages with players: the one place that draws and writes HTML.
 
 matplotlib and jinja2 are imported when something is drawn, not before. A page is one file that needs no network: sounds are
-embedded as FLAC and pictures as SVG whose colours follow the reader's light or dark theme.
+embedded as FLAC or WAV and pictures as SVG whose colours follow the reader's light or dark theme.
 """
 
 import base64
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from s4audio.audio import encode_flac
+from s4audio.audio import encode
 from s4audio.files import replacing
 from s4audio.losses import magnitude
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
+FLAC_BLOCK = 4096  # samples of libFLAC's blocks; Chromium cannot seek in a file of one, and so does not play it
 INK, ACCENT, SECOND, FAINT = "#333333", "#1f6f8b", "#c4622d", "#b0b0b0"
 STYLE: Any = {
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": FAINT, "xtick.color": INK, "ytick.color": INK,
@@ -311,7 +312,9 @@ def _spectrogram_db(samples: Tensor) -> Tensor:
 
 def _player(clip: Clip) -> str:
     """The sound as the address of an audio element; beyond full scale it is clipped, as in a file."""
-    return "data:audio/flac;base64," + base64.b64encode(encode_flac(clip.audio, clip.sample_rate)).decode()
+    file_format = "FLAC" if clip.audio.shape[-1] > FLAC_BLOCK else "WAV"
+    encoded = base64.b64encode(encode(clip.audio, clip.sample_rate, file_format)).decode()
+    return f"data:audio/{file_format.lower()};base64,{encoded}"
 
 
 @_styled

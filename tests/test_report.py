@@ -14,6 +14,7 @@ from s4audio.report import (
     Clip,
     Section,
     _envelope,
+    _player,
     clips_figure,
     curves_figure,
     extrapolation_figure,
@@ -64,6 +65,15 @@ def test_players_hold_the_sounds(page, tone):
     sounds = [soundfile.read(io.BytesIO(base64.b64decode(player))) for player in players]
     assert [rate for _, rate in sounds] == [RATE, RATE]
     assert np.abs(sounds[0][0] - tone[0].numpy()).max() < 1e-4 and not sounds[1][0].any()
+
+
+@pytest.mark.parametrize("samples, kind", [(1, "wav"), (4096, "wav"), (4097, "flac")])
+def test_a_clip_of_one_flac_block_is_a_wav_which_browsers_play(samples, kind):
+    address = _player(Clip("short", 0.5 * torch.ones(1, samples), RATE))
+    header, _, encoded = address.partition(",")
+    assert header == f"data:audio/{kind};base64"
+    sound, rate = soundfile.read(io.BytesIO(base64.b64decode(encoded)))
+    assert (len(sound), rate) == (samples, RATE) and np.abs(sound - 0.5).max() < 1e-4
 
 
 def test_pictures_follow_the_theme_of_the_reader(page):
