@@ -14,6 +14,7 @@ from torch import Tensor
 CHANNELS = 1024  # at most, in a program
 NUMBERS = 8192  # in a program's tile
 PROGRAMS = 1056  # of the gradient, eight for each multiprocessor of an H100; each writes sums of its own
+WARPS = 16  # of the gated gradient, which holds three tiles
 BLOCK = 2048  # numbers of a program that treats each alone
 
 
@@ -263,7 +264,7 @@ def _gated_backward(
     _gated_gradient[(programs,)](
         dy, v, bias, u, *given, dv, du, partial, *dy.stride()[:2], *v.stride()[:2], *u.stride()[:2], *dv.stride()[:2],
         *du.stride()[:2], u.shape[1], u.shape[2], tiles, MASKED=keep is not None, NORM=weight is not None,
-        EPSILON=epsilon, C=C, T=samples, num_warps=16,
+        EPSILON=epsilon, C=C, T=samples, num_warps=WARPS,
     )  # fmt: skip
     sums = partial.sum(1)
     dbias = sums[:2].flatten().to(bias.dtype)

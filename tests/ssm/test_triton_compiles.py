@@ -13,13 +13,11 @@ import pytest
 
 pytest.importorskip("triton")
 
-PROGRAM = """
+COMPILE_ONLY = """
 import json, sys, torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from s4audio.ssm import triton as fused
-from tests.ssm.systems import discretize, parameters
 
 class Driver:  # of a GPU that is not there
     def get_current_target(self): return GPUTarget("cuda", 90, 32)
@@ -35,6 +33,10 @@ def compile_only(self, *args, grid, warmup, **kwargs):
 
 driver.set_active(Driver())
 JITFunction.run = compile_only
+"""
+ENGINE = """
+from s4audio.ssm import triton as fused
+from tests.ssm.systems import discretize, parameters
 kind, init, dtype, shapes = json.loads(sys.argv[1])
 plain = {"rate": 1, "alpha": 0.5, "gap": 1}
 for batch, length, d_state in shapes:
@@ -47,7 +49,16 @@ for batch, length, d_state in shapes:
     u = torch.zeros(batch, 3, length, dtype=getattr(torch, dtype), requires_grad=True)
     y, _ = fused.run(system, u, torch.zeros(3, batch, d_state), torch.zeros(3, requires_grad=True))
     y.sum().backward()
-print(json.dumps(shared))
+"""
+BLOCK_ENDS = """
+from s4audio.layers import triton as fused
+for channels in (3, 128, 512):
+    for dtype in (torch.float32, torch.bfloat16):
+        v, u = (torch.zeros(2, width, 200, dtype=dtype, requires_grad=True) for width in (2 * channels, channels))
+        bias, keep, weight, shift = (torch.ones(n, requires_grad=True) for n in (2 * channels, (2, channels), channels, channels))
+        for drop, norm in ((None, (None, None)), (keep.detach(), (weight, shift))):
+            fused.gated(v, bias, fused.gelu(u, drop), drop, *norm, 1e-5).sum().backward()
+        fused.channel_norm(u, weight, shift, 1e-5).sum().backward()
 """
 SHAPES = [(2, 200, 64), (1, 1, 64), (40, 130, 2)]  # batch, length, d_state: segments of one chunk, a rest, one sample, tiles
 WALK = {"_sums", "_starts", "_forward", "_backward", "_totals"}
@@ -55,16 +66,26 @@ OPERATORS = {"_operators", "_operators_backward", "_discretize", "_discretize_gr
 DENSE = {"_dense_rows", "_dense_rows_gradient"}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind, init", [("diagonal", "lin"), ("dplr", "legs")])
-def test_kernels_compile_for_an_h100(kind, init, dtype):
+def compiled(program, *arguments):
+    """The kernels that a program launches, compiled in a process without the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    arguments = json.dumps([kind, init, dtype, SHAPES[:1] if kind == "dplr" or dtype == "bfloat16" else SHAPES])
+    source = COMPILE_ONLY + program + "print(json.dumps(shared))"
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, arguments], capture_output=True, text=True, env=environment, cwd=os.getcwd()
+        [sys.executable, "-c", source, json.dumps(arguments)], capture_output=True, text=True, env=environment, cwd=os.getcwd()
     )
     assert done.returncode == 0, done.stderr[-3000:]
     shared = json.loads(done.stdout)
-    assert set(shared) == WALK | (DENSE if kind == "dplr" else OPERATORS)
     for name, taken in shared.items():
         assert taken <= 227 * 1024 // 2, f"{name} takes {taken} bytes of shared memory: two programs would not fit"
+    return set(shared)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind, init", [("diagonal", "lin"), ("dplr", "legs")])
+def test_kernels_compile_for_an_h100(kind, init, dtype):
+    shapes = SHAPES[:1] if kind == "dplr" or dtype == "bfloat16" else SHAPES
+    assert compiled(ENGINE, kind, init, dtype, shapes) == WALK | (DENSE if kind == "dplr" else OPERATORS)
+
+
+def test_ends_of_blocks_compile_for_an_h100():
+    assert compiled(BLOCK_ENDS) == {"_norm", "_norm_gradient", "_gelu", "_gelu_gradient", "_gated", "_gated_gradient"}
