@@ -55,7 +55,8 @@ from s4audio.layers import triton as fused
 for channels in (3, 128, 512):
     for dtype in (torch.float32, torch.bfloat16):
         v, u = (torch.zeros(2, width, 200, dtype=dtype, requires_grad=True) for width in (2 * channels, channels))
-        bias, keep, weight, shift = (torch.ones(n, requires_grad=True) for n in (2 * channels, (2, channels), channels, channels))
+        shapes = (2 * channels, (2, channels), channels, channels)
+        bias, keep, weight, shift = (torch.ones(shape, requires_grad=True) for shape in shapes)
         for drop, norm in ((None, (None, None)), (keep.detach(), (weight, shift))):
             fused.gated(v, bias, fused.gelu(u, drop), drop, *norm, 1e-5).sum().backward()
         fused.channel_norm(u, weight, shift, 1e-5).sum().backward()
@@ -70,9 +71,8 @@ def compiled(program, *arguments):
     """The kernels that a program launches, compiled in a process without the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     source = COMPILE_ONLY + program + "print(json.dumps(shared))"
-    done = subprocess.run(
-        [sys.executable, "-c", source, json.dumps(arguments)], capture_output=True, text=True, env=environment, cwd=os.getcwd()
-    )
+    command = [sys.executable, "-c", source, json.dumps(arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=os.getcwd())
     assert done.returncode == 0, done.stderr[-3000:]
     shared = json.loads(done.stdout)
     for name, taken in shared.items():
