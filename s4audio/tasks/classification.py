@@ -1,12 +1,12 @@
 """The task that trains every classifier: cross entropy, and accuracy on held-out sequences."""
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from s4audio.tasks.training import TrainingTask
 
@@ -52,16 +52,15 @@ class ClassificationTask(TrainingTask):
             if not 0 <= share < 1:
                 raise ValueError(f"{name} is {share}; wanted at least 0 and below 1.")
         self.label_smoothing = label_smoothing
-        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)) if ema_decay else None
-        if self.average:
-            self.average.requires_grad_(False)
+        self.ema_decay = ema_decay
+        self.average = copy.deepcopy(model).requires_grad_(False) if ema_decay else None
         classes = self.model.num_classes
         self.confusion: Tensor
         self.register_buffer("confusion", torch.zeros(classes, classes), persistent=False)
 
     @property
     def scored_model(self) -> Any:
-        return self.average.module if self.average else self.model
+        return self.average or self.model
 
     def losses(self, *batch: Tensor) -> dict[str, Tensor]:
         """Cross entropy, and how many of the batch were right before the step."""
@@ -86,8 +85,11 @@ class ClassificationTask(TrainingTask):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """A step, and the average of the weights after it; before any callback saves them."""
         super().optimizer_step(*args, **kwargs)
-        if self.average:
-            self.average.update_parameters(self.model)
+        if self.average and self.ema_decay:  # not torch's AveragedModel, which waits for the GPU at every step
+            share = max(1 - self.ema_decay, 9 / (10 + self.global_step))  # the first weights are soon forgotten
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), share)
+            for ours, theirs in zip(self.average.buffers(), self.model.buffers(), strict=True):
+                ours.copy_(theirs)
 
     def on_validation_epoch_start(self) -> None:
         self.confusion.zero_()

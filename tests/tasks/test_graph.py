@@ -44,11 +44,11 @@ def models() -> list[torch.nn.Module]:
     return [autoencoder, ConvVAE(8000, strides=(4,), widths=(8, 16), latent_channels=4, num_blocks=1)]
 
 
-def classifying(index: int, **options) -> ClassificationTask:
+def classifying(index: int, dropout: float = 0.1, **options) -> ClassificationTask:
     torch.manual_seed(1)
     model = [
-        S4Model(3, 10, 16, 2, block="post_norm", dropout=0.1), PatchS4Model(3, 10, 16, 2, patch=4, dropout=0.1),
-        S4Model(3, 10, 16, 2, layer="S4", d_state=8, discretization="zoh", bidirectional=True, dropout=0.1),
+        S4Model(3, 10, 16, 2, block="post_norm", dropout=dropout), PatchS4Model(3, 10, 16, 2, patch=4, dropout=dropout),
+        S4Model(3, 10, 16, 2, layer="S4", d_state=8, discretization="zoh", bidirectional=True, dropout=dropout),
     ][index]  # fmt: skip
     return ClassificationTask(model, label_smoothing=0.1, ema_decay=0.9, lr=1e-3, **options)
 
@@ -109,9 +109,10 @@ def test_gpu_the_graph_trains_the_same_classifier(index, captured):
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_gpu_the_graph_holds_a_compiled_model_in_bfloat16(captured):
     batches = images()
-    wanted = train(classifying(0, cuda_graph=False), batches, 11)
+    wanted = train(classifying(0, dropout=0.0, cuda_graph=False), batches, 11)  # torch.compile draws other dropout
     assert not captured
-    assert train(classifying(0, compile=True), batches, 11, precision="bf16-mixed") == pytest.approx(wanted, rel=0.02)
+    found = train(classifying(0, dropout=0.0, compile=True), batches, 11, precision="bf16-mixed")
+    assert found == pytest.approx(wanted, rel=0.02)
     assert len(captured) == 11
 
 
