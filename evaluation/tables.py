@@ -139,6 +139,22 @@ def milliseconds(row: dict[str, Any]) -> str:
     return "out of memory" if row["ms"] is None else f"{number(row['ms'])} ms, {row['mib']:,.0f} MiB"
 
 
+def train_step() -> str:
+    rows: list[tuple[str, ...]] = [
+        ("forward, backward, AdamW", "batch", "plain engine", "fused", "captured", "compiled", "audio a second, before and after")
+    ]  # fmt: skip
+    for row in read("train_step_cuda")["rows"]:
+        ways = ("plain", "fused", "graph", "compiled_graph")
+        times = [number(row[f"{way}_ms"]) if f"{way}_ms" in row else "-" for way in ways]
+        audio = ""
+        if "plain_real_time" in row:
+            fastest = max(row[f"{way}_real_time"] for way in ways if f"{way}_real_time" in row)
+            audio = f"{row['plain_real_time']:,.0f} s, {fastest:,.0f} s"
+        batch = " × ".join(f"{size:,}" for size in row["batch"])
+        rows.append((f"{row['name']}, {row['dtype']}", batch, *times, audio))
+    return table(*rows)
+
+
 def scifar() -> str:
     rows: list[tuple[str, ...]] = [
         (
@@ -178,6 +194,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "real_audio": real_audio,
     "calibration": calibration,
     "ssm_conv_cuda": ssm_conv_cuda,
+    "train_step": train_step,
     "scifar": scifar,
 }
 

@@ -14,7 +14,7 @@ from s4audio.metrics.frechet import frechet_distance
 from s4audio.metrics.kernel import bandwidth, kernel, kernel_audio_distance, permutation_test
 from s4audio.metrics.resampling import Clips, shuffled
 
-FEWEST_CLIPS, MAX_CLIPS, MAX_SECONDS = 16, 100, 10.0
+FEWEST_CLIPS, MAX_CLIPS, MAX_SECONDS = 16, 100, 30.0
 NUM_SPLITS = 5  # of the clips into two halves
 REAL = "nothing, real against real"
 
@@ -65,7 +65,7 @@ ONE_KIND = "only the quarter that is most alike"
 
 
 def sensitivity(evaluator: Evaluator, folder: str | Path) -> list[Heard]:
-    """The scores of every damage, real clips first; up to 100 clips of up to 10 s.
+    """The scores of every damage, real clips first; up to 100 clips of up to 30 s.
 
     The clips are split into two halves five times over. Each half is damaged and compared with the other as it was: a damage
     that moves one half closer to the other by chance moves the other half away from it, and the mean tells the damage alone.
