@@ -141,7 +141,7 @@ def milliseconds(row: dict[str, Any]) -> str:
 
 def train_step() -> str:
     rows: list[tuple[str, ...]] = [
-        ("forward, backward, AdamW", "batch", "plain engine", "fused", "captured", "compiled", "audio a second, before and after")
+        ("forward, backward, AdamW", "batch", "plain engine", "fused", "captured", "compiled", "audio a second: before, now")
     ]  # fmt: skip
     for row in read("train_step_cuda")["rows"]:
         ways = ("plain", "fused", "graph", "compiled_graph")
