@@ -140,18 +140,11 @@ def milliseconds(row: dict[str, Any]) -> str:
 
 
 def train_step() -> str:
-    rows: list[tuple[str, ...]] = [
-        ("forward, backward, AdamW", "batch", "plain engine", "fused", "captured", "compiled", "audio a second: before, now")
-    ]  # fmt: skip
+    rows: list[tuple[str, ...]] = [("forward, backward, AdamW", "batch", "plain engine", "fused", "captured", "compiled")]
     for row in read("train_step_cuda")["rows"]:
-        ways = ("plain", "fused", "graph", "compiled_graph")
-        times = [number(row[f"{way}_ms"]) if f"{way}_ms" in row else "-" for way in ways]
-        audio = ""
-        if "plain_real_time" in row:
-            fastest = max(row[f"{way}_real_time"] for way in ways if f"{way}_real_time" in row)
-            audio = f"{row['plain_real_time']:,.0f} s, {fastest:,.0f} s"
+        times = [number(row.get(f"{way}_ms")) for way in ("plain", "fused", "graph", "compiled_graph")]
         batch = " × ".join(f"{size:,}" for size in row["batch"])
-        rows.append((f"{row['name']}, {row['dtype']}", batch, *times, audio))
+        rows.append((f"{row['name']}, {row['dtype']}", batch, *times))
     return table(*rows)
 
 
