@@ -44,6 +44,7 @@ BLOCK = 512  # numbers that a program sums over programs
 SMALL = 2**22  # numbers of input below which launching kernels costs more than running them
 OPTIONS = {"num_warps": 4, "num_stages": 3}
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: the kernels run in Python, on the CPU
+IN_PYTHON = tl.constexpr(INTERPRETED)  # the same for kernels
 
 
 class Precision(NamedTuple):
@@ -707,7 +708,8 @@ def _exact(a, b):
     """The product of two float32 matrices, as good as float32 is. The first has 32 rows at most: of 64, three TF32 products
     become `wgmma`, which Triton 3.6 compiles to wrong numbers and wrong addresses.
     """
-    return tl.dot(a, b, input_precision="tf32x3")
+    sum = tl.zeros((a.shape[0], b.shape[1]), tl.float32)
+    return _dot(_factor(a, "tf32x3"), _factor(b, "tf32x3"), sum, "tf32x3")
 
 
 @triton.jit
@@ -996,14 +998,20 @@ def _walk_backward(
     shape = cut(u, _groups(u.shape[0], size_A == S * S))
     body = _programs(u.shape[0] * shape.num_segments, H)[0] if shape.num_chunks else 0
     rest = _programs(u.shape[0], H)[0] if shape.rest else 0
-    partial = K.new_empty(len(K), body + rest, shape.T * (shape.T + 2 * S) + size_A)
+    sizes = shape.T * shape.T, shape.T * S, S * shape.T, size_A
+    partial = tuple(K.new_empty(len(K), body + rest, size) for size in sizes)
     for channels in _directions(u, K):
         operators = [v[channels] for v in (K, P, Q, carry, carry_rest)]
         states = None if dlast is None else dlast[channels], before[channels] if had_state else None
-        _walk_back_one_way(dy, u, X[:, channels], du, *states, partial[channels], operators, channels.start is not None)
-    dK, dP, dQ, dcarry, dcarry_rest = (torch.empty_like(v) for v in (K, P, Q, carry, carry_rest))
-    _totals[(1 + triton.cdiv(2 * shape.T * S + size_A, BLOCK), len(K))](
-        partial, dK, dP, dQ, dcarry, dcarry_rest, body, body + rest, S, size_A, T=shape.T, BLOCK=BLOCK
+        own = [v[channels] for v in partial]
+        _walk_back_one_way(dy, u, X[:, channels], du, *states, own, operators, channels.start is not None)
+    dK, dcarry, dcarry_rest = (torch.empty_like(v) for v in (K, carry, carry_rest))
+    if body + rest == 1:  # what the only program wrote is the sum
+        dP, dQ, summed = partial[1].view_as(P), partial[2].view_as(Q), size_A
+    else:
+        dP, dQ, summed = torch.empty_like(P), torch.empty_like(Q), size_A + 2 * shape.T * S
+    _totals[(1 + triton.cdiv(summed, BLOCK), len(K))](
+        *partial, dK, dP, dQ, dcarry, dcarry_rest, body, body + rest, summed, S, size_A, T=shape.T, BLOCK=BLOCK
     )
     return du, before, dK, dP, dQ, dcarry, dcarry_rest
 
@@ -1014,7 +1022,7 @@ def _empty_walk_gradients(u: Tensor, P: Tensor, had_state: bool) -> tuple[Tensor
 
 
 def _walk_back_one_way(
-    dy: Tensor, u: Tensor, X: Tensor, du: Tensor, dlast: Tensor | None, before: Tensor | None, partial: Tensor,
+    dy: Tensor, u: Tensor, X: Tensor, du: Tensor, dlast: Tensor | None, before: Tensor | None, partial: list[Tensor],
     operators: list[Tensor], reverse: bool,
 ) -> None:  # fmt: skip
     """Writes du, before (the gradient of the state before the first sample) and partial; reversed in time, adds to du."""
@@ -1033,7 +1041,7 @@ def _walk_back_one_way(
         gradient = K.new_empty(channels, batch, S) if shape.num_chunks else before
         first = 0 if reverse else shape.num_chunks * T
         _backward[(rest, channels)](
-            u, dy, du, X, *_given(dlast, K), *_given(gradient, K), partial, K, P, Q, carry_rest, *strides, batch,
+            u, dy, du, X, *_given(dlast, K), *_given(gradient, K), *partial, K, P, Q, carry_rest, *strides, batch,
             rest_tiles, 1, 1, 1, first, shape.rest, shape.num_chunks - skipped, body, body + rest, **common,
         )  # fmt: skip
         dlast = gradient
@@ -1047,7 +1055,7 @@ def _walk_back_one_way(
             )  # fmt: skip
             ends = _chain(sums, dlast, carry, shape, batch, back=True)
         _backward[(body, channels)](
-            u, dy, du, X, *_given(ends, K), *_given(before, K), partial, K, P, Q, carry, *strides, batch, body_tiles,
+            u, dy, du, X, *_given(ends, K), *_given(before, K), *partial, K, P, Q, carry, *strides, batch, body_tiles,
             shape.num_segments, shape.span, shape.num_chunks, first, T, -skipped, 0, body + rest, **common,
         )  # fmt: skip
 
@@ -1089,13 +1097,27 @@ def _factor(a, PRODUCT: tl.constexpr):
     """a as a factor of products: itself, or its high and its low part in bfloat16; one part alone stands twice."""
     if PRODUCT == "tf32x3":
         a = a.to(tl.float32)
-        return a, a
+        high = ((a.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        return high, a - high
     else:
-        high = a.to(tl.bfloat16)
         if PRODUCT == "bf16x3":
-            return high, (a.to(tl.float32) - high.to(tl.float32)).to(tl.bfloat16)
+            a = a.to(tl.float32)
+            high = _rounded(a)
+            return high, _rounded(a - high.to(tl.float32))
         else:
+            high = a.to(tl.bfloat16)
             return high, high
+
+
+@triton.jit
+def _rounded(a):
+    """float32 as bfloat16, two numbers by one instruction, where the compiler's own conversion mostly takes one for each."""
+    if IN_PYTHON:
+        return a.to(tl.bfloat16)
+    else:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [a], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
 
 
 @triton.jit
@@ -1120,13 +1142,10 @@ COUNTS = [
 @triton.jit
 def _dot(a, b, sum, PRODUCT: tl.constexpr):
     """sum + a b, of factors; the product of two low parts is left out."""
-    if PRODUCT == "tf32x3":
-        return tl.dot(a[0], b[0], sum, input_precision="tf32x3")
-    else:
-        if PRODUCT == "bf16x3":
-            sum = tl.dot(a[1], b[0], sum)
-            sum = tl.dot(a[0], b[1], sum)
-        return tl.dot(a[0], b[0], sum)
+    if PRODUCT != "bf16":
+        sum = tl.dot(a[1], b[0], sum, input_precision="tf32")
+        sum = tl.dot(a[0], b[1], sum, input_precision="tf32")
+    return tl.dot(a[0], b[0], sum, input_precision="tf32")
 
 
 @triton.jit
@@ -1150,7 +1169,7 @@ def _load_carry(carry, h, n, modes, TRANSPOSED: tl.constexpr, DENSE: tl.constexp
         ii = tl.load(base + (rows + modes) * S + columns + modes, mask=mask, other=0).to(tl.float32)
         if TRANSPOSED:
             ri, ir = ir, ri
-        return rr, ri, ir, ii
+        return _factor(rr, "tf32x3"), _factor(ri, "tf32x3"), _factor(ir, "tf32x3"), _factor(ii, "tf32x3")
     else:
         re = tl.load(carry + h * 2 * modes + n, mask=n < modes, other=0).to(tl.float32)[None, :]
         im = tl.load(carry + (h * 2 + 1) * modes + n, mask=n < modes, other=0).to(tl.float32)[None, :]
@@ -1163,8 +1182,10 @@ def _load_carry(carry, h, n, modes, TRANSPOSED: tl.constexpr, DENSE: tl.constexp
 def _advance(re, im, A, DENSE: tl.constexpr):
     """The states x A. In float32 whatever the input: its rounding would come back in every later chunk."""
     if DENSE:
-        new_re = tl.dot(im, A[2], tl.dot(re, A[0], input_precision="tf32x3"), input_precision="tf32x3")
-        new_im = tl.dot(im, A[3], tl.dot(re, A[1], input_precision="tf32x3"), input_precision="tf32x3")
+        zero = tl.zeros_like(re)
+        re, im = _factor(re, "tf32x3"), _factor(im, "tf32x3")
+        new_re = _dot(im, A[2], _dot(re, A[0], zero, "tf32x3"), "tf32x3")
+        new_im = _dot(im, A[3], _dot(re, A[1], zero, "tf32x3"), "tf32x3")
         return new_re, new_im
     else:
         return re * A[0] - im * A[1], re * A[1] + im * A[0]
@@ -1396,9 +1417,9 @@ def _load_operators(
 
 @triton.jit(do_not_specialize=COUNTS)
 def _backward(
-    u, dy, du, X, ends, END: tl.constexpr, before, BEFORE: tl.constexpr, partial, K, P, Q, carry, u_b, u_h, dy_b, dy_h, du_b,
-    du_h, X_b, X_h, batch, tiles, num_segments, span, num_chunks, first, valid, first_chunk, first_partial, num_partials,
-    modes,
+    u, dy, du, X, ends, END: tl.constexpr, before, BEFORE: tl.constexpr, of_K, of_P, of_Q, of_A, K, P, Q, carry, u_b, u_h,
+    dy_b, dy_h, du_b, du_h, X_b, X_h, batch, tiles, num_segments, span, num_chunks, first, valid, first_chunk, first_partial,
+    num_partials, modes,
     R: tl.constexpr, T: tl.constexpr, N: tl.constexpr, DENSE: tl.constexpr, PRODUCT: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """All gradients, from those of the states at the end of each segment. One reading of u, dy and X, one writing of du.
@@ -1472,57 +1493,61 @@ def _backward(
             is_first = is_state & (segment == 0)[:, None]
             tl.store(at, g_re, mask=is_first)
             tl.store(at + modes, g_im, mask=is_first)
-    S = 2 * modes
-    size_A = S * S if DENSE else S
-    out = partial + (h * num_partials + first_partial + tl.program_id(0)) * (T * T + 2 * T * S + size_A)
+    S, program = 2 * modes, h * num_partials + first_partial + tl.program_id(0)
     # Row i of W turned by i to the left: its sum over rows is then the gradient of K, whose taps are W's diagonals.
     place = _places(t, valid, REVERSE)
     l = place[None, :] - place[:, None]
-    tl.store(out + t[:, None] * T + (l + T) % T, tl.where(l >= 0, W, 0))
-    of_P = (place + T - valid) % T  # rows of the last chunk's P are the last of P
-    at, mask = out + T * T + of_P[:, None] * S + n[None, :], (t < T)[:, None] & is_mode[None, :]
+    tl.store(of_K + program * T * T + t[:, None] * T + (l + T) % T, tl.where(l >= 0, W, 0))
+    row = (place + T - valid) % T  # rows of the last chunk's P are the last of P
+    at, mask = of_P + program * T * S + row[:, None] * S + n[None, :], (t < T)[:, None] & is_mode[None, :]
     tl.store(at, dp_re, mask=mask)
     tl.store(at + modes, dp_im, mask=mask)
-    at = out + T * T + T * S + n[None, :] * T + ((place + T) % T)[:, None]
+    at = of_Q + program * T * S + n[None, :] * T + ((place + T) % T)[:, None]
     tl.store(at, dq_re, mask=mask)
     tl.store(at + modes * T, dq_im, mask=mask)
-    out += T * T + 2 * T * S
     if DENSE:
-        at, mask = out + n[:, None] * S + n[None, :], is_mode[:, None] & is_mode[None, :]
+        at, mask = of_A + program * S * S + n[:, None] * S + n[None, :], is_mode[:, None] & is_mode[None, :]
         tl.store(at, a_rr, mask=mask)
         tl.store(at + modes, a_ri, mask=mask)
         tl.store(at + modes * S, a_ir, mask=mask)
         tl.store(at + modes * S + modes, a_ii, mask=mask)
     else:
-        tl.store(out + n, tl.sum(a_re, 0), mask=is_mode)
-        tl.store(out + modes + n, tl.sum(a_im, 0), mask=is_mode)
+        tl.store(of_A + program * S + n, tl.sum(a_re, 0), mask=is_mode)
+        tl.store(of_A + program * S + modes + n, tl.sum(a_im, 0), mask=is_mode)
 
 
-@triton.jit(do_not_specialize=["body", "num_partials"])
+@triton.jit(do_not_specialize=["body", "num_partials", "summed"])
 def _totals(
-    partial, dK, dP, dQ, dcarry, dcarry_rest, body, num_partials, S, size_A, T: tl.constexpr, BLOCK: tl.constexpr
+    of_K, of_P, of_Q, of_A, dK, dP, dQ, dcarry, dcarry_rest, body, num_partials, summed, S, size_A,
+    T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a channel's operators, summed over its programs in their order: `body` of them, then the rest's."""
+    """The gradients of a channel's operators, summed over its programs in their order: `body` of them, then the rest's.
+
+    Of the numbers of carry, P and Q, in this order, the first `summed`.
+    """
     h, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
-    size = T * T + 2 * T * S + size_A
-    rows = partial + h * num_partials * size
-    t = tl.arange(0, T)
+    t, first = tl.arange(0, T), h * num_partials
     if block == 0:
         W = tl.zeros((T, T), tl.float32)
         for program in range(num_partials):
-            W += tl.load(rows + program * size + t[:, None] * T + t[None, :])
+            W += tl.load(of_K + (first + program) * T * T + t[:, None] * T + t[None, :])
         tl.store(dK + h * T + t, tl.sum(W, 0))
     else:
         i = (block - 1) * BLOCK + tl.arange(0, BLOCK)
-        is_P, is_Q, is_A = i < T * S, (i >= T * S) & (i < 2 * T * S), (i >= 2 * T * S) & (i < 2 * T * S + size_A)
-        total, of_rest = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+        is_A, p = i < size_A, i - size_A
+        q = p - T * S
+        is_P, is_Q = ~is_A & (q < 0) & (i < summed), (q >= 0) & (i < summed)
+        of_body, of_rest = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
         for program in range(num_partials):
-            value = tl.load(rows + program * size + T * T + i, mask=is_P | is_Q | is_A, other=0)
+            row = first + program
+            value = tl.load(of_A + row * size_A + i, mask=is_A, other=0)
+            value += tl.load(of_P + row * T * S + p, mask=is_P, other=0)
+            value += tl.load(of_Q + row * T * S + q, mask=is_Q, other=0)
             if program < body:
-                total += value
+                of_body += value
             else:
                 of_rest += value
-        tl.store(dP + h * T * S + i, total + of_rest, mask=is_P)
-        tl.store(dQ + h * T * S + i - T * S, total + of_rest, mask=is_Q)
-        tl.store(dcarry + h * size_A + i - 2 * T * S, total, mask=is_A)
-        tl.store(dcarry_rest + h * size_A + i - 2 * T * S, of_rest, mask=is_A)
+        tl.store(dP + h * T * S + p, of_body + of_rest, mask=is_P)
+        tl.store(dQ + h * T * S + q, of_body + of_rest, mask=is_Q)
+        tl.store(dcarry + h * size_A + i, of_body, mask=is_A)
+        tl.store(dcarry_rest + h * size_A + i, of_rest, mask=is_A)

@@ -94,7 +94,7 @@ def test_equals_the_plain_engine_in_every_family(kind, init):
 @pytest.mark.parametrize("state", [False, True])
 def test_any_state_size(d_state, state):
     cancels = d_state == 2 and not state  # the gradient of its one mode: in float32 the plain engine is 4e-4 off
-    compare("diagonal", "lin", (2, 2, 70), d_state, torch.float32, state, looser=20 if cancels else 1)
+    compare("diagonal", "lin", (2, 2, 70), d_state, torch.float32, state, looser=40 if cancels else 1)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 17])
