@@ -45,6 +45,7 @@ SMALL = 2**22  # numbers of input below which launching kernels costs more than 
 OPTIONS = {"num_warps": 4, "num_stages": 3}
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: the kernels run in Python, on the CPU
 IN_PYTHON = tl.constexpr(INTERPRETED)  # the same for kernels
+ROUNDS = tl.constexpr(1 + 2.0**-11 / 1.44)  # tensor cores cut TF32 off after 10 bits; with it they round, on average
 
 
 class Precision(NamedTuple):
@@ -1094,11 +1095,14 @@ walk.register_autograd(_walk_gradient, setup_context=_keep_walk)
 
 @triton.jit
 def _factor(a, PRODUCT: tl.constexpr):
-    """a as a factor of products: itself, or its high and its low part in bfloat16; one part alone stands twice."""
+    """a as a factor of products: its high and its low part, in TF32 or in bfloat16, or itself twice.
+
+    By hand, not by `input_precision="tf32x3"`, which splits anew for every product and guards each number against infinity.
+    """
     if PRODUCT == "tf32x3":
         a = a.to(tl.float32)
         high = ((a.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-        return high, a - high
+        return high, (a - high) * ROUNDS
     else:
         if PRODUCT == "bf16x3":
             a = a.to(tl.float32)
@@ -1111,12 +1115,15 @@ def _factor(a, PRODUCT: tl.constexpr):
 
 @triton.jit
 def _rounded(a):
-    """float32 as bfloat16, two numbers by one instruction, where the compiler's own conversion mostly takes one for each."""
+    """float32 as bfloat16, two numbers by one instruction, where the compiler's own conversion is mostly one for each.
+
+    Not "pure", so that it stays where it is: behind a change of layout every warp would convert what another one has too.
+    """
     if IN_PYTHON:
         return a.to(tl.bfloat16)
     else:
         return tl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [a], dtype=tl.bfloat16, is_pure=True, pack=2
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [a], dtype=tl.bfloat16, is_pure=False, pack=2
         )
 
 
