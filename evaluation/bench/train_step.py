@@ -67,10 +67,10 @@ CASES = [
 ]
 
 
-def make_step(case: Case, device: str, compiled: bool = False) -> Callable[[], Tensor]:
+def make_step(case: Case, device: str, compiled: bool = False, dropout: bool = True) -> Callable[[], Tensor]:
     """One training step on random data, as a function that returns the loss."""
     torch.manual_seed(0)
-    model = case.model().to(device)
+    model = case.model().to(device).train(dropout)
     optimizer = torch.optim.AdamW(
         parameter_groups(model, lr=1e-3, ssm_lr=1e-3, weight_decay=0.0), fused=device == "cuda", capturable=device == "cuda"
     )
@@ -144,14 +144,21 @@ def on_cuda(cases: list[Case], repeats: int) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def loss_curves(num_steps: int, device: str) -> dict[str, list[float]]:
-    """The losses of the first case in both precisions, by the fused engine and by the plain one."""
-    curves = {}
-    for name, backend, bfloat16 in (("plain", "chunk", False), ("fused", "auto", False), ("fused, bfloat16", "auto", True)):
-        with s4audio.backend(backend):
-            step = make_step(CASES[0]._replace(bfloat16=bfloat16), device)
-            curves[name] = [float(step()) for _ in range(num_steps)]
-        print(name, *(f"{value:.4f}" for value in curves[name][:: max(1, num_steps // 10)]), flush=True)
+def loss_curves(num_steps: int, device: str) -> dict[str, dict[str, list[float]]]:
+    """The losses of each classifier in both precisions, by the fused engine and by the plain one: without dropout, which
+    every implementation would draw anew."""
+    curves: dict[str, dict[str, list[float]]] = {}
+    for case in CASES[1:4]:
+        of_case = curves.setdefault(case.name, {})
+        for name, backend, bfloat16 in (
+            ("plain", "chunk", False),
+            ("fused", "auto", False),
+            ("fused, bfloat16", "auto", True),
+        ):
+            with s4audio.backend(backend):
+                step = make_step(case._replace(bfloat16=bfloat16), device, dropout=False)
+                of_case[name] = [float(step()) for _ in range(num_steps)]
+            print(case.name, name, *(f"{value:.4f}" for value in of_case[name][:: max(1, num_steps // 10)]), flush=True)
     return curves
 
 
