@@ -67,10 +67,20 @@ CASES = [
 ]
 
 
-def make_step(case: Case, device: str, compiled: bool = False, dropout: bool = True) -> Callable[[], Tensor]:
-    """One training step on random data, as a function that returns the loss."""
+def draw_tones(batch: Tensor, labels: Tensor, generator: torch.Generator) -> None:
+    """Fills a batch (B, C, L) with something to learn: ten kinds of sines in noise of four times their power."""
+    kinds = torch.randint(10, labels.shape, generator=generator)
+    turns = 4.0 * (kinds + 1) * torch.linspace(0, 1, batch.shape[-1]).unsqueeze(-1)  # (L, B)
+    phase = 2 * torch.pi * torch.rand(labels.shape, generator=generator)
+    sine = torch.sin(2 * torch.pi * turns + phase).T.unsqueeze(1)
+    batch.copy_(sine + 2**0.5 * torch.randn(batch.shape, generator=generator))
+    labels.copy_(kinds)
+
+
+def make_step(case: Case, device: str, compiled: bool = False, learns: bool = False) -> Callable[[], Tensor]:
+    """One training step, as a function that returns the loss: on random data with dropout, or on tones anew and without."""
     torch.manual_seed(0)
-    model = case.model().to(device).train(dropout)
+    model = case.model().to(device).train(not learns)
     optimizer = torch.optim.AdamW(
         parameter_groups(model, lr=1e-3, ssm_lr=1e-3, weight_decay=0.0), fused=device == "cuda", capturable=device == "cuda"
     )
@@ -84,7 +94,11 @@ def make_step(case: Case, device: str, compiled: bool = False, dropout: bool = T
 
     function = torch.compile(loss) if compiled else loss
 
+    generator = torch.Generator().manual_seed(0)
+
     def step() -> Tensor:
+        if learns:
+            draw_tones(batch, labels, generator)
         optimizer.zero_grad()
         with torch.autocast(device, dtype=torch.bfloat16, enabled=case.bfloat16):
             value = function()
@@ -145,18 +159,15 @@ def on_cuda(cases: list[Case], repeats: int) -> Iterator[dict[str, Any]]:
 
 
 def loss_curves(num_steps: int, device: str) -> dict[str, dict[str, list[float]]]:
-    """The losses of each classifier in both precisions, by the fused engine and by the plain one: without dropout, which
-    every implementation would draw anew."""
+    """The losses of each classifier in both precisions, by the fused engine and by the plain one: on the same batches, and
+    without dropout, which every implementation would draw anew."""
     curves: dict[str, dict[str, list[float]]] = {}
+    paths = (("plain", "chunk", False), ("fused", "auto", False), ("fused, bfloat16", "auto", True))
     for case in CASES[1:4]:
         of_case = curves.setdefault(case.name, {})
-        for name, backend, bfloat16 in (
-            ("plain", "chunk", False),
-            ("fused", "auto", False),
-            ("fused, bfloat16", "auto", True),
-        ):
+        for name, backend, bfloat16 in paths:
             with s4audio.backend(backend):
-                step = make_step(case._replace(bfloat16=bfloat16), device, dropout=False)
+                step = make_step(case._replace(bfloat16=bfloat16), device, learns=True)
                 of_case[name] = [float(step()) for _ in range(num_steps)]
             print(case.name, name, *(f"{value:.4f}" for value in of_case[name][:: max(1, num_steps // 10)]), flush=True)
     return curves

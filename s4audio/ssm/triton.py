@@ -709,8 +709,7 @@ def _exact(a, b):
     """The product of two float32 matrices, as good as float32 is. The first has 32 rows at most: of 64, three TF32 products
     become `wgmma`, which Triton 3.6 compiles to wrong numbers and wrong addresses.
     """
-    sum = tl.zeros((a.shape[0], b.shape[1]), tl.float32)
-    return _dot(_factor(a, "tf32x3"), _factor(b, "tf32x3"), sum, "tf32x3")
+    return _product(_factor(a, "tf32x3"), _factor(b, "tf32x3"))
 
 
 @triton.jit
@@ -1147,12 +1146,23 @@ COUNTS = [
 
 
 @triton.jit
+def _product(a, b):
+    """a b, of factors in TF32, as good as float32 is."""
+    product = tl.dot(a[1], b[0], input_precision="tf32")
+    product = tl.dot(a[0], b[1], product, input_precision="tf32")
+    return tl.dot(a[0], b[0], product, input_precision="tf32")
+
+
+@triton.jit
 def _dot(a, b, sum, PRODUCT: tl.constexpr):
     """sum + a b, of factors; the product of two low parts is left out."""
-    if PRODUCT != "bf16":
-        sum = tl.dot(a[1], b[0], sum, input_precision="tf32")
-        sum = tl.dot(a[0], b[1], sum, input_precision="tf32")
-    return tl.dot(a[0], b[0], sum, input_precision="tf32")
+    if PRODUCT == "tf32x3":  # added outside of the tensor cores, which cut sums off: over many chunks that adds up
+        return sum + _product(a, b)
+    else:
+        if PRODUCT == "bf16x3":
+            sum = tl.dot(a[1], b[0], sum)
+            sum = tl.dot(a[0], b[1], sum)
+        return tl.dot(a[0], b[0], sum)
 
 
 @triton.jit
@@ -1189,11 +1199,8 @@ def _load_carry(carry, h, n, modes, TRANSPOSED: tl.constexpr, DENSE: tl.constexp
 def _advance(re, im, A, DENSE: tl.constexpr):
     """The states x A. In float32 whatever the input: its rounding would come back in every later chunk."""
     if DENSE:
-        zero = tl.zeros_like(re)
         re, im = _factor(re, "tf32x3"), _factor(im, "tf32x3")
-        new_re = _dot(im, A[2], _dot(re, A[0], zero, "tf32x3"), "tf32x3")
-        new_im = _dot(im, A[3], _dot(re, A[1], zero, "tf32x3"), "tf32x3")
-        return new_re, new_im
+        return _product(re, A[0]) + _product(im, A[2]), _product(re, A[1]) + _product(im, A[3])
     else:
         return re * A[0] - im * A[1], re * A[1] + im * A[0]
 
