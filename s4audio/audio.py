@@ -26,6 +26,7 @@ NORMALIZATIONS = ("none", "peak")
 NOT_AUDIO = "not audio"  # the reason of an AudioError
 MAX_CHANNELS = 8  # 7.1 surround; more is data of another kind, or a damaged header
 MIN_RATE, MAX_RATE = 100, 768_000  # Hz; what says another is damaged, and at 1 Hz a second would become hours
+MAX_LEVEL = 1e10  # of a sample, full scale being 1: floats may be beyond it, but not beyond integers of 32 bits
 BLOCK_SECONDS = 4.0  # decoded at once
 CLIPPED_RUN, CLIPPED_LEVEL = 3, 0.999  # samples in a row at full scale
 DC_OFFSET = 0.01  # -40 dB; a mean beyond it is one
@@ -183,10 +184,12 @@ def open_audio(path: str | Path, block_seconds: float = BLOCK_SECONDS) -> tuple[
                 samples = next(blocks, None)
             if samples is None:
                 break
-            finite = np.isfinite(samples).all(axis=0)
-            if not finite.all():
-                first = (read + int(finite.argmin())) / rate
-                raise AudioError(f"{path} holds samples that are not finite numbers, from {first:.3f} s on.", "not finite")
+            sound = np.abs(samples).max(axis=0) <= MAX_LEVEL  # not where it is nan
+            if not sound.all():
+                first = int(sound.argmin())
+                finite = np.isfinite(samples[:, first]).all()
+                what = f"beyond {MAX_LEVEL:.0e} times full scale" if finite else "that are not finite numbers"
+                raise AudioError(f"{path} holds samples {what}, from {(read + first) / rate:.3f} s on.", "not finite")
             read += samples.shape[-1]
             yield torch.from_numpy(samples)
         if _look(path) != before:

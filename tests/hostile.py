@@ -58,6 +58,7 @@ EXPECTED = {
     "nowhere.wav": BROKEN_LINK,
     "of 0.005 s.wav": Expected("too short", "is shorter than 0.01 s."),
     "of 0.05 s.wav": Expected(warnings=("short",)),
+    "over full scale.wav": Expected(warnings=("clipped", "over full scale")),  # 16-bit numbers as floats, unscaled
     "pipe.wav": Expected("no file", "is no ordinary file; give an audio file."),
     "README": Expected("not audio", "has no extension, so it is not taken for audio."),
     "round.wav": BROKEN_LINK,
@@ -134,6 +135,7 @@ def make(folder: Path) -> dict[str, Expected]:
     (folder / "round.wav").symlink_to(folder / "round.wav")
     write("of 0.005 s.wav", sound(0.005))
     write("of 0.05 s.wav", sound(0.05))
+    write("over full scale.wav", 32768 * sound(), subtype="FLOAT")
     os.mkfifo(folder / "pipe.wav")
     write("silence.wav", np.zeros(RATE))
     write("stereo at 48 kHz.wav", sound(channels=2), 48_000)

@@ -260,7 +260,11 @@ def test_blocks_of_one_sample_and_of_a_file_shorter_than_the_resampler(tmp_path)
 
 @pytest.mark.parametrize(
     ("samples", "message"),
-    [([], "holds no samples"), ([0.0] * 9000 + [np.nan], "samples that are not finite numbers, from 1.125 s on")],
+    [
+        ([], "holds no samples"),
+        ([0.0] * 4000 + [-1e11], "samples beyond 1e.10 times full scale, from 0.500 s on"),
+        ([0.0] * 9000 + [np.nan], "samples that are not finite numbers, from 1.125 s on"),
+    ],
 )
 def test_blocks_refuse_what_whole_files_refuse(tmp_path, samples, message):
     soundfile.write(tmp_path / "bad.wav", np.array(samples, np.float32), 8000, subtype="FLOAT")

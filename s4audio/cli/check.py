@@ -55,8 +55,9 @@ def check(arguments: list[str]) -> None:
 
 
 def _print(folder: str, files: list[CheckedFile], found: dict[str, Any]) -> None:
+    files_found = f"{found['found']:,} file{'s' * (found['found'] != 1)} found"
     minutes = f"{found['kept_minutes']:.1f} of {found['found_minutes']:.1f} min ({found['kept_share']:.1%})"
-    print(f"{folder}: {found['found']:,} files found, {found['read']:,} read, {found['kept']:,} kept: {minutes}")
+    print(f"{folder}: {files_found}, {found['read']:,} read, {found['kept']:,} kept: {minutes}")
     if found["skipped"]:
         first = {file.rejected.reason: str(file.rejected) for file in reversed(files) if file.rejected is not None}
         print()
@@ -65,7 +66,7 @@ def _print(folder: str, files: list[CheckedFile], found: dict[str, Any]) -> None
         example = {warning: str(file.path) for file in reversed(files) for warning in file.warnings}
         print()
         rows = [(warning, f"{n:,}", WARNINGS[warning], example[warning]) for warning, n in found["warnings"].items()]
-        print_table([("kept, but look at", "files", "", "the first"), *rows])
+        print_table([("kept, but look at", "files", "what is odd", "the first"), *rows])
     if found["kept"]:
         ranges = [
             (name, *(format(factor * value, form) for value in found["lowest_median_highest"][key]))

@@ -19,6 +19,8 @@ from s4audio.data.check import read_recording
 class AudioFolder(lightning.LightningDataModule):
     """Mono clips from a folder of audio files, searched recursively; every file is read once and kept in memory.
 
+    Files that cannot be used, and copies of others, are left out and named in `skipped`; `check_folder` says the same.
+
     Training clips are a stream without end: clip number k is a file and a place drawn from (seed, k) alone, so that a run
     that stops and goes on sees what it would have seen. Validation clips are fixed windows, side by side.
 

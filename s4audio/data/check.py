@@ -30,9 +30,11 @@ from s4audio.data.loudness import LOWEST_RATE, STEP_SECONDS, integrated_loudness
 SHORTEST_SECONDS = 0.01  # what is shorter is no recording
 SHORT_SECONDS = 0.1  # what is shorter is mostly padding in a clip
 SILENT_LEVEL = 1e-3  # -60 dB; 0.1 s with a lower level (RMS) count as silence
+OVER = 2.0  # times full scale; decoders of MP3 and OGG go a little over it, floats may hold anything
 MOSTLY_SILENT = 0.5  # of a recording
 WARNINGS = {  # of a recording that training uses all the same
     "clipped": f"{CLIPPED_RUN} samples or more in a row at full scale",
+    "over full scale": f"a peak above {OVER} times full scale",
     "DC offset": f"a mean farther than {DC_OFFSET} from 0",
     "near silent": "a peak below -80 dB",
     "mostly silent": "below -60 dB more than half of the time",
@@ -178,7 +180,8 @@ def warnings_about(sound: Sound) -> tuple[str, ...]:
     """Which of `WARNINGS` hold."""
     found = {
         "clipped": sound.clipped_runs > 0,
-        "DC offset": abs(sound.dc_offset) > DC_OFFSET,
+        "over full scale": sound.peak > OVER,
+        "DC offset": abs(sound.dc_offset) > DC_OFFSET * max(1.0, sound.peak),
         "near silent": sound.peak < SILENT_PEAK,
         "mostly silent": sound.silent_share > MOSTLY_SILENT,
         "short": sound.seconds < SHORT_SECONDS,
@@ -211,10 +214,10 @@ def measure(path: Path) -> Sound:
         num_clipped += clipped_runs(joined) - clipped_runs(before)
         before = joined[:, -CLIPPED_RUN:]
         fingerprint.update(mono)
-        weighted = np.zeros_like(mono)
+        weighted = np.zeros(mono.shape)
         if weighting is not None:
             weighted, state = sosfilt(weighting, samples, zi=state)
-        squares.append(np.stack([np.square(weighted).sum(axis=0), np.square(mono[0])]))
+        squares.append(np.stack([np.square(weighted).sum(axis=0), np.square(mono[0], dtype=np.float64)]))
         ready = np.concatenate(squares, axis=-1)
         whole = ready.shape[-1] // step * step
         powers.append(ready[:, :whole].reshape(2, -1, step).mean(axis=-1))

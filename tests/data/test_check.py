@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 import threading
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,21 @@ def test_loudness_and_silence_do_not_depend_on_blocks(tmp_path, monkeypatch, sec
     assert again.dc_offset == pytest.approx(wanted.dc_offset, abs=1e-12)
     assert (wanted.loudness_lufs is None) == (seconds < 0.4)
     assert again.loudness_lufs == pytest.approx(wanted.loudness_lufs, abs=1e-9)
+
+
+def test_memory_does_not_grow_with_a_file(tmp_path):
+    """10 minutes at 8 kHz are 18 MiB of samples, and a block of 4 s is 125 KiB."""
+    noise = 0.1 * np.random.default_rng(0).standard_normal(60 * 8000)
+    with soundfile.SoundFile(tmp_path / "a.wav", "w", 8000, 1) as file:
+        for _ in range(10):
+            file.write(noise)
+    measure(tmp_path / "a.wav")  # imports scipy
+    tracemalloc.start()
+    try:
+        assert measure(tmp_path / "a.wav").seconds == 600
+        assert tracemalloc.get_traced_memory()[1] < 3 * 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_rate_below_the_range_of_loudness_has_none(tmp_path):
