@@ -31,7 +31,7 @@ BLOCK_SECONDS = 4.0  # decoded at once
 CLIPPED_RUN, CLIPPED_LEVEL = 3, 0.999  # samples in a row at full scale
 DC_OFFSET = 0.01  # -40 dB; a mean beyond it is one
 SILENT_PEAK = 1e-4  # -80 dB; a recording that stays below it is as good as silent
-SILENCE = threading.Lock()  # for one thread at a time: warnings are switched off for all of them
+LIBROSA = threading.Lock()  # one thread at a time, since warnings are switched off for all of them
 RESAMPLER = "soxr, high quality"
 WAV_HEADER = struct.Struct("<4sI4s4sIHHIIHH4sI")  # RIFF, fmt and data, for PCM
 WAV_BYTES = 2**32 - WAV_HEADER.size  # of samples that the header can say
@@ -55,7 +55,9 @@ def find_audio(path: str | Path) -> list[Path]:
     if not files:
         barred = [error for error in others.values() if error.reason != NOT_AUDIO]
         more = f" What else is there cannot be used; the first: {barred[0]}" if barred else ""
-        raise AudioError(f"{path} holds no audio file (looked for {', '.join(EXTENSIONS)}, in subfolders too).{more}")
+        raise AudioError(
+            f"{path} holds no audio file (looked for {', '.join(EXTENSIONS)}, in subfolders too).{more}", "no files"
+        )
     return files
 
 
@@ -71,7 +73,7 @@ def list_folder(path: str | Path) -> tuple[list[Path], dict[Path, AudioError]]:
     if os.path.isfile(path):
         return [path], {}
     if not os.path.isdir(path):
-        raise AudioError(f"{path} does not exist; give an audio file or a folder of audio files.")
+        raise AudioError(f"{path} does not exist; give an audio file or a folder of audio files.", "missing")
     files: list[Path] = []
     others: dict[Path, AudioError] = {}
 
@@ -165,7 +167,8 @@ def open_audio(path: str | Path, block_seconds: float = BLOCK_SECONDS) -> tuple[
 
     Raises:
         AudioError: the file is missing, may not be read, is unreadable, empty, of more than 8 channels, at a rate that no
-            recording has, holds a value that is not finite, or changes while it is read; at the block where it shows.
+            recording has, holds a value that is not finite or far beyond full scale, or changes while it is read; at the
+            block where it shows.
     """
     path = Path(path)
     before = _look(path)
@@ -187,9 +190,10 @@ def open_audio(path: str | Path, block_seconds: float = BLOCK_SECONDS) -> tuple[
             sound = np.abs(samples).max(axis=0) <= MAX_LEVEL  # not where it is nan
             if not sound.all():
                 first = int(sound.argmin())
-                finite = np.isfinite(samples[:, first]).all()
-                what = f"beyond {MAX_LEVEL:.0e} times full scale" if finite else "that are not finite numbers"
-                raise AudioError(f"{path} holds samples {what}, from {(read + first) / rate:.3f} s on.", "not finite")
+                what, reason = "that are not finite numbers", "not finite"
+                if np.isfinite(samples[:, first]).all():
+                    what, reason = f"beyond {MAX_LEVEL:.0e} times full scale", "level"
+                raise AudioError(f"{path} holds samples {what}, from {(read + first) / rate:.3f} s on.", reason)
             read += samples.shape[-1]
             yield torch.from_numpy(samples)
         if _look(path) != before:
@@ -406,7 +410,7 @@ def _decode_by_librosa(path: Path) -> tuple[np.ndarray, int]:
     """(channels, samples) float32 and the rate, of formats that libsndfile does not know."""
     import librosa
 
-    with SILENCE, warnings.catch_warnings():  # that it falls back on another decoder is what we ask of it
+    with LIBROSA, warnings.catch_warnings():  # that it falls back on another decoder is what we ask of it
         warnings.simplefilter("ignore")
         samples, rate = librosa.load(path, sr=None, mono=False, dtype=np.float32)
     return np.atleast_2d(samples), int(rate)

@@ -59,11 +59,13 @@ def _print(folder: str, files: list[CheckedFile], found: dict[str, Any]) -> None
     minutes = f"{found['kept_minutes']:.1f} of {found['found_minutes']:.1f} min ({found['kept_share']:.1%})"
     print(f"{folder}: {files_found}, {found['read']:,} read, {found['kept']:,} kept: {minutes}")
     if found["skipped"]:
-        first = {file.rejected.reason: str(file.rejected) for file in reversed(files) if file.rejected is not None}
+        first = {
+            file.rejected.reason: _in_a_line(str(file.rejected)) for file in reversed(files) if file.rejected is not None
+        }
         print()
         print_table([("skipped", "files", "the first"), *((r, f"{n:,}", first[r]) for r, n in found["skipped"].items())])
     if found["warnings"]:
-        example = {warning: str(file.path) for file in reversed(files) for warning in file.warnings}
+        example = {warning: _in_a_line(str(file.path)) for file in reversed(files) for warning in file.warnings}
         print()
         rows = [(warning, f"{n:,}", WARNINGS[warning], example[warning]) for warning, n in found["warnings"].items()]
         print_table([("kept, but look at", "files", "what is odd", "the first"), *rows])
@@ -78,6 +80,11 @@ def _print(folder: str, files: list[CheckedFile], found: dict[str, Any]) -> None
         rates = ", ".join(f"{int(rate):,} Hz ({count:,})" for rate, count in found["sample_rates"].items())
         channels = ", ".join(f"{number} ({count:,})" for number, count in found["channels"].items())
         print(f"  sample rates (files): {rates}; channels (files): {channels}")
+
+
+def _in_a_line(text: str) -> str:
+    """Without the line breaks and the commands to the terminal that a file's name can hold."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def _write_rejects(path: Path, files: list[CheckedFile]) -> None:

@@ -103,6 +103,19 @@ def test_wrong_input_is_refused_before_anything_is_read(tmp_path, capsys, monkey
     assert sorted(os.listdir()) == ["data", "file"]
 
 
+def test_names_do_not_command_the_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    soundfile.write("data/a\n\x1b[2Jé.wav", np.full(800, 0.5), 8000)
+    (tmp_path / "data" / "b\r\x07\u202e.wav").touch()
+    assert main(["check", "data"]) == 0
+    told = capsys.readouterr().out
+    assert "data/a\\n\\x1b[2Jé.wav\n" in told and "data/b\\r\\x07\\u202e.wav is an empty file.\n" in told
+    assert not {"\x1b", "\r", "\x07", "\u202e"} & set(told)
+    with open("check/rejects.csv", newline="", encoding="utf-8") as file:
+        assert [row["path"] for row in csv.DictReader(file)] == ["data/b\r\x07\u202e.wav"]  # as it is, for programs
+
+
 def test_one_file_and_a_name_with_a_space(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     soundfile.write("my song.wav", np.linspace(-0.5, 0.5, 8000), 8000)
