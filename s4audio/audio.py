@@ -6,7 +6,9 @@ Audio is a float32 tensor (channels, samples) with full scale at 1; rates are in
 import io
 import os
 import shutil
+import stat
 import struct
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,33 +23,76 @@ from s4audio.files import replacing
 EXTENSIONS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64", ".m4a")
 LIBROSA_TOO = (".m4a", ".opus", ".mp3", ".caf")  # what librosa may read where libsndfile cannot
 NORMALIZATIONS = ("none", "peak")
+NOT_AUDIO = "not audio"  # the reason of an AudioError
 MAX_CHANNELS = 8  # 7.1 surround; more is data of another kind, or a damaged header
+MIN_RATE, MAX_RATE = 100, 768_000  # Hz; what says another is damaged, and at 1 Hz a second would become hours
+MAX_LEVEL = 1e10  # of a sample, full scale being 1: floats may be beyond it, but not beyond integers of 32 bits
+BLOCK_SECONDS = 4.0  # decoded at once
+CLIPPED_RUN, CLIPPED_LEVEL = 3, 0.999  # samples in a row at full scale
+DC_OFFSET = 0.01  # -40 dB; a mean beyond it is one
+SILENT_PEAK = 1e-4  # -80 dB; a recording that stays below it is as good as silent
+LIBROSA = threading.Lock()  # one thread at a time, since warnings are switched off for all of them
 RESAMPLER = "soxr, high quality"
 WAV_HEADER = struct.Struct("<4sI4s4sIHHIIHH4sI")  # RIFF, fmt and data, for PCM
 WAV_BYTES = 2**32 - WAV_HEADER.size  # of samples that the header can say
 
 
 class AudioError(ValueError):
-    """A file that cannot be used as audio; the message says why and what to do."""
+    """A file that cannot be used as audio; the message says why and what to do, `reason` the why in a word or two."""
+
+    def __init__(self, message: str, reason: str = "unreadable") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 def find_audio(path: str | Path) -> list[Path]:
     """The audio files at `path`, a file or a folder searched recursively, sorted by name.
 
     Raises:
-        AudioError: nothing is there, or nothing with a known extension.
+        AudioError: nothing is there, or nothing with a known extension that can be reached.
+    """
+    files, others = list_folder(path)
+    if not files:
+        barred = [error for error in others.values() if error.reason != NOT_AUDIO]
+        more = f" What else is there cannot be used; the first: {barred[0]}" if barred else ""
+        raise AudioError(
+            f"{path} holds no audio file (looked for {', '.join(EXTENSIONS)}, in subfolders too).{more}", "no files"
+        )
+    return files
+
+
+def list_folder(path: str | Path) -> tuple[list[Path], dict[Path, AudioError]]:
+    """The audio files at `path`, by their extension, and why everything else there is none; both sorted by name.
+
+    Subfolders are searched. Links to folders are not followed, lest one makes it run in circles. No file is opened.
+
+    Raises:
+        AudioError: nothing is there.
     """
     path = Path(path)
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise AudioError(f"{path} does not exist; give an audio file or a folder of audio files.")
-    # os.walk does not follow links to folders, so a link to a parent folder cannot make it run in circles.
-    found = [Path(folder) / name for folder, _, names in os.walk(path) for name in names]
-    files = sorted(file for file in found if file.suffix.lower() in EXTENSIONS and file.is_file())
-    if not files:
-        raise AudioError(f"{path} holds no audio file (looked for {', '.join(EXTENSIONS)}, in subfolders too).")
-    return files
+    if os.path.isfile(path):
+        return [path], {}
+    if not os.path.isdir(path):
+        raise AudioError(f"{path} does not exist; give an audio file or a folder of audio files.", "missing")
+    files: list[Path] = []
+    others: dict[Path, AudioError] = {}
+
+    def barred(error: OSError) -> None:
+        others[Path(error.filename)] = AudioError(f"{error.filename} cannot be listed ({error.strerror}).", "no permission")
+
+    for folder, subfolders, names in os.walk(path, onerror=barred):
+        for link in (Path(folder) / name for name in subfolders if os.path.islink(os.path.join(folder, name))):
+            advice = "which is not followed; give that folder itself, or copy it"
+            others[link] = AudioError(f"{link} is a link to a folder, {advice}.", "link to a folder")
+        for file in (Path(folder) / name for name in names):
+            if file.suffix.lower() not in EXTENSIONS:
+                what = f"the extension {file.suffix}" if file.suffix else "no extension"
+                others[file] = AudioError(f"{file} has {what}, so it is not taken for audio.", NOT_AUDIO)
+            elif os.path.islink(file) and not os.path.exists(file):
+                others[file] = AudioError(f"{file} is a link that leads to no file.", "broken link")
+            else:
+                files.append(file)
+    return sorted(files), dict(sorted(others.items()))
 
 
 def sample_rate_of(path: str | Path) -> int | None:
@@ -55,7 +100,7 @@ def sample_rate_of(path: str | Path) -> int | None:
     import soundfile
 
     try:
-        return int(soundfile.info(path).samplerate)
+        return int(soundfile.info(os.fsencode(path)).samplerate)
     except (soundfile.LibsndfileError, OSError):
         return None
 
@@ -69,17 +114,10 @@ def read_audio(path: str | Path, sample_rate: int | None = None, mono: bool = Tr
         mono: average the channels into one.
 
     Raises:
-        AudioError: the file is missing, unreadable, empty, of more than 8 channels, or holds a value that is not finite.
+        AudioError: as `open_audio`.
     """
-    path = Path(path)
-    with _in_a_sentence(path):
-        samples, rate = _decode(path)
-    if samples.shape[-1] == 0:
-        raise AudioError(f"{path} holds no samples.")
-    audio = torch.from_numpy(samples)
-    _check(path, audio)
-    if mono:
-        audio = audio.mean(0, keepdim=True)
+    blocks, rate = open_audio(path)
+    audio = torch.cat([to_mono(block) if mono else block for block in blocks], dim=-1)
     if sample_rate is not None and rate != sample_rate:
         audio, rate = resample(audio, rate, sample_rate), sample_rate
     return audio, rate
@@ -90,8 +128,7 @@ def read_blocks(
 ) -> Iterator[Tensor]:
     """The samples of `read_audio` in blocks (channels, samples), one at a time: memory does not grow with the file.
 
-    Formats that only librosa reads (M4A) are decoded whole first. A file that is damaged in its middle is refused, also
-    where another decoder would get over it. The blocks of a resampled file have varying lengths.
+    Formats that only librosa reads (M4A) are decoded whole first. The blocks of a resampled file have varying lengths.
 
     Args:
         path: as `read_audio`.
@@ -100,18 +137,16 @@ def read_blocks(
         block_seconds: of the file in each block.
 
     Raises:
-        AudioError: as `read_audio`, at the block where it shows.
+        AudioError: as `open_audio`, at the block where it shows.
     """
     import soxr
 
-    blocks, rate = _decode_blocks(Path(path), block_seconds)
+    blocks, rate = open_audio(path, block_seconds)
     target = sample_rate or rate
     resampler, read, given = None, 0, 0
-    for samples in blocks:
-        audio = torch.from_numpy(samples)
-        _check(Path(path), audio)
+    for audio in blocks:
         if mono:
-            audio = audio.mean(0, keepdim=True)
+            audio = to_mono(audio)
         read += audio.shape[-1]
         if target != rate:
             resampler = resampler or soxr.ResampleStream(rate, target, audio.shape[0], dtype="float32", quality="HQ")
@@ -119,12 +154,54 @@ def read_blocks(
         given += audio.shape[-1]
         if audio.shape[-1]:
             yield audio
-    if read == 0:
-        raise AudioError(f"{path} holds no samples.")
     if resampler is not None:
         rest = resampler.resample_chunk(np.zeros((0, audio.shape[0]), dtype=np.float32), last=True)
         missing = _resampled_length(read, rate, target) - given
         yield torch.nn.functional.pad(torch.from_numpy(rest.T.copy()), (0, missing - len(rest)))
+
+
+def open_audio(path: str | Path, block_seconds: float = BLOCK_SECONDS) -> tuple[Iterator[Tensor], int]:
+    """The samples of a file as they are, in blocks (channels, samples) float32, one sample or more; and its rate in Hz.
+
+    What the header says is not believed: no more memory is taken than a block wants, and every block is looked at.
+
+    Raises:
+        AudioError: the file is missing, may not be read, is unreadable, empty, of more than 8 channels, at a rate that no
+            recording has, holds a value that is not finite or far beyond full scale, or changes while it is read; at the
+            block where it shows.
+    """
+    path = Path(path)
+    before = _look(path)
+    with _in_a_sentence(path):
+        blocks, channels, rate = _decode_blocks(path, block_seconds)
+    if channels > MAX_CHANNELS:
+        raise AudioError(f"{path} has {channels} channels; recordings of up to {MAX_CHANNELS} can be used.", "channels")
+    if not MIN_RATE <= rate <= MAX_RATE:
+        wanted = f"recordings of {MIN_RATE} to {MAX_RATE:,} Hz can be used"
+        raise AudioError(f"{path} says that its sample rate is {rate:,} Hz; {wanted}.", "sample rate")
+
+    def checked() -> Iterator[Tensor]:
+        read = 0
+        while True:
+            with _in_a_sentence(path):
+                samples = next(blocks, None)
+            if samples is None:
+                break
+            sound = np.abs(samples).max(axis=0) <= MAX_LEVEL  # not where it is nan
+            if not sound.all():
+                first = int(sound.argmin())
+                what, reason = "that are not finite numbers", "not finite"
+                if np.isfinite(samples[:, first]).all():
+                    what, reason = f"beyond {MAX_LEVEL:.0e} times full scale", "level"
+                raise AudioError(f"{path} holds samples {what}, from {(read + first) / rate:.3f} s on.", reason)
+            read += samples.shape[-1]
+            yield torch.from_numpy(samples)
+        if _look(path) != before:
+            raise AudioError(f"{path} changed while it was read; give the command again when it is whole.", "changed")
+        if read == 0:
+            raise AudioError(f"{path} holds no samples.", "no samples")
+
+    return checked(), rate
 
 
 def write_audio(path: str | Path, audio: Tensor, sample_rate: int) -> int:
@@ -192,6 +269,11 @@ def write_blocks(path: str | Path, blocks: Iterable[Tensor], sample_rate: int) -
     return num_clipped
 
 
+def to_mono(audio: Tensor) -> Tensor:
+    """(1, samples), the mean of (channels, samples); the same bits whatever the length."""
+    return torch.from_numpy(audio.numpy().mean(axis=0, keepdims=True))
+
+
 def resample(audio: Tensor, from_rate: int, to_rate: int) -> Tensor:
     """(channels, samples) at another rate, by soxr at its high quality; ceil(samples * to / from) samples."""
     import soxr
@@ -232,6 +314,15 @@ def normalize(audio: Tensor, how: str) -> Tensor:
     return audio if how == "none" or peak == 0 else audio / peak
 
 
+def clipped_runs(audio: Tensor) -> int:
+    """How often 3 samples or more in a row are at full scale, in whichever channel of (channels, samples)."""
+    full = np.abs(audio.numpy()) >= CLIPPED_LEVEL
+    if not full.any():  # as nearly always
+        return 0
+    places = np.lib.stride_tricks.sliding_window_view(np.pad(full, ((0, 0), (1, CLIPPED_RUN))), 1 + CLIPPED_RUN, axis=-1)
+    return int((~places[..., 0] & places[..., 1:].all(axis=-1)).sum())  # where one begins
+
+
 def mel_filterbank(sample_rate: int, n_fft: int, n_mels: int) -> Tensor:
     """(n_fft / 2 + 1, n_mels) triangular filters on the Slaney mel scale, from 0 Hz to half the rate.
 
@@ -248,51 +339,47 @@ def mel_filterbank(sample_rate: int, n_fft: int, n_mels: int) -> Tensor:
     return melscale_fbanks(n_fft // 2 + 1, 0.0, sample_rate / 2, n_mels, sample_rate, norm="slaney", mel_scale="slaney")
 
 
+def _look(path: Path) -> tuple[int, int]:
+    """Size and time of a file that can be read.
+
+    Raises:
+        AudioError: there is none, or it is empty.
+    """
+    try:
+        status = os.stat(path)
+        if stat.S_ISREG(status.st_mode):  # opening anything else may wait for ever
+            with open(path, "rb"):
+                pass
+    except FileNotFoundError as error:
+        raise AudioError(f"{path} does not exist.", "missing") from error
+    except PermissionError as error:
+        raise AudioError(f"{path} may not be read ({error.strerror}).", "no permission") from error
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        raise AudioError(f"{path} cannot be opened ({getattr(error, 'strerror', None) or error}).") from error
+    if not stat.S_ISREG(status.st_mode):
+        what = "a folder" if stat.S_ISDIR(status.st_mode) else "no ordinary file"
+        raise AudioError(f"{path} is {what}; give an audio file.", "no file")
+    if status.st_size == 0:
+        raise AudioError(f"{path} is an empty file.", "empty file")
+    return status.st_size, status.st_mtime_ns
+
+
 @contextmanager
 def _in_a_sentence(path: Path) -> Iterator[None]:
     """Turns whatever a decoder raises into an AudioError."""
-    if not path.is_file():
-        raise AudioError(f"{path} does not exist." if not path.exists() else f"{path} is a folder; give an audio file.")
-    if path.stat().st_size == 0:
-        raise AudioError(f"{path} is an empty file.")
     try:
         yield
     except Exception as error:  # the decoders raise what they please; the reader of the message wants one sentence
-        raise AudioError(f"{path} cannot be read as audio ({str(error).strip() or type(error).__name__}).") from error
-
-
-def _check(path: Path, audio: Tensor) -> None:
-    if audio.shape[0] > MAX_CHANNELS:
-        raise AudioError(f"{path} has {audio.shape[0]} channels; recordings of up to {MAX_CHANNELS} can be used.")
-    finite = torch.isfinite(audio)
-    if not finite.all():
-        raise AudioError(f"{path} holds samples that are not finite numbers ({int((~finite).sum())} of them).")
+        said = str(getattr(error, "error_string", error)).strip().rstrip(".") or type(error).__name__
+        raise AudioError(f"{path} cannot be read as audio ({said}).") from error
 
 
 def _resampled_length(length: int, from_rate: int, to_rate: int) -> int:
     return -(-length * to_rate // from_rate)
 
 
-def _decode(path: Path) -> tuple[np.ndarray, int]:
-    """(channels, samples) float32 and the rate, by soundfile, or by librosa for what soundfile does not know."""
-    import soundfile
-
-    try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-        return np.ascontiguousarray(samples.T), rate
-    except soundfile.LibsndfileError:
-        if path.suffix.lower() not in LIBROSA_TOO:
-            raise
-    import librosa
-
-    with warnings.catch_warnings():  # that it falls back on another decoder is what we ask of it
-        warnings.simplefilter("ignore")
-        samples, rate = librosa.load(path, sr=None, mono=False, dtype=np.float32)
-    return np.atleast_2d(samples), int(rate)
-
-
-def _decode_blocks(path: Path, block_seconds: float) -> tuple[Iterator[np.ndarray], int]:
-    """Blocks (channels, samples) float32, and the rate."""
+def _decode_blocks(path: Path, block_seconds: float) -> tuple[Iterator[np.ndarray], int, int]:
+    """Blocks (channels, samples) float32, the number of channels, and the rate."""
     import soundfile
 
     class InOrder(soundfile.SoundFile):
@@ -301,27 +388,32 @@ def _decode_blocks(path: Path, block_seconds: float) -> tuple[Iterator[np.ndarra
         def seekable(self) -> bool:
             return False
 
-    with _in_a_sentence(path):
-        try:
-            file = InOrder(path)
-        except soundfile.LibsndfileError:
-            if path.suffix.lower() not in LIBROSA_TOO:
-                raise
-            samples, rate = _decode(path)
-            length = max(1, round(block_seconds * rate))
-            return iter([samples[:, i : i + length] for i in range(0, samples.shape[1], length)]), rate
+    try:
+        file = InOrder(os.fsencode(path))  # bytes, since a name need not be text
+    except soundfile.LibsndfileError:
+        if path.suffix.lower() not in LIBROSA_TOO:
+            raise
+        samples, rate = _decode_by_librosa(path)
+        length = max(1, round(block_seconds * rate))
+        return iter(np.split(samples, range(length, samples.shape[1], length), axis=1)), len(samples), rate
 
     def blocks() -> Iterator[np.ndarray]:
-        length = max(1, round(block_seconds * file.samplerate))
+        length = max(1, min(round(block_seconds * file.samplerate), file.frames))
         with file:
-            while True:
-                with _in_a_sentence(path):
-                    samples = file.read(length, dtype="float32", always_2d=True)
-                if len(samples) == 0:
-                    return
+            while len(samples := file.read(length, dtype="float32", always_2d=True)):
                 yield np.ascontiguousarray(samples.T)
 
-    return blocks(), file.samplerate
+    return blocks(), file.channels, file.samplerate
+
+
+def _decode_by_librosa(path: Path) -> tuple[np.ndarray, int]:
+    """(channels, samples) float32 and the rate, of formats that libsndfile does not know."""
+    import librosa
+
+    with LIBROSA, warnings.catch_warnings():  # that it falls back on another decoder is what we ask of it
+        warnings.simplefilter("ignore")
+        samples, rate = librosa.load(path, sr=None, mono=False, dtype=np.float32)
+    return np.atleast_2d(samples), int(rate)
 
 
 def _to_pcm(audio: Tensor) -> np.ndarray:

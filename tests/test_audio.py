@@ -1,6 +1,9 @@
 """Files in and out, rates and levels; every refusal is one sentence."""
 
+import os
+import pickle
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -11,11 +14,14 @@ from s4audio import audio
 from s4audio.audio import (
     AudioError,
     band_limit,
+    clipped_runs,
     find_audio,
+    list_folder,
     normalize,
     read_audio,
     read_blocks,
     resample,
+    sample_rate_of,
     write_audio,
     write_blocks,
 )
@@ -92,7 +98,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
         (lambda path: soundfile.write(path, np.zeros((10, 9)), 8000), "has 9 channels; recordings of up to 8"),
         (
             lambda path: soundfile.write(path, np.array([0, np.nan, np.inf], np.float32), 8000, subtype="FLOAT"),
-            "samples that are not finite numbers .2 of them",
+            "samples that are not finite numbers, from 0.000 s on",
         ),
     ],
 )
@@ -101,6 +107,92 @@ def test_unusable_files_are_refused_by_name(tmp_path, make, message):
     make(path)
     with pytest.raises(AudioError, match=rf"bad\.wav.*{message}"):
         read_audio(path)
+
+
+@pytest.mark.parametrize(
+    ("hertz", "told"), [(1, "1 Hz"), (99, "99 Hz"), (768_001, "768,001 Hz"), (2**31 - 1, "2,147,483,647 Hz")]
+)
+def test_a_rate_that_no_recording_has_is_refused_before_it_is_resampled(tmp_path, hertz, told):
+    soundfile.write(tmp_path / "a.wav", tone(8000), hertz)
+    with pytest.raises(AudioError, match=f"says that its sample rate is {told}; recordings of 100 to 768,000 Hz") as caught:
+        read_audio(tmp_path / "a.wav", 48_000)
+    assert caught.value.reason == "sample rate"
+
+
+@pytest.mark.parametrize("told", [0, 2**36 - 1], ids=["unknown", "enormous"])
+def test_the_length_in_a_flac_header_is_not_believed(tmp_path, told):
+    """0 is what an encoder says that writes into a pipe; memory for 2**36 samples would be 256 GiB."""
+    soundfile.write(tmp_path / "a.flac", tone(8000), 8000)
+    wanted = read_audio(tmp_path / "a.flac")[0]
+    content = bytearray((tmp_path / "a.flac").read_bytes())
+    fields = int.from_bytes(content[18:26]) >> 36 << 36 | told
+    content[18:26] = fields.to_bytes(8)
+    content[26:42] = bytes(16)  # no checksum
+    (tmp_path / "a.flac").write_bytes(content)
+    tracemalloc.start()
+    try:
+        assert torch.equal(read_audio(tmp_path / "a.flac")[0], wanted)
+        assert tracemalloc.get_traced_memory()[1] < 2**20  # 1 MiB for 31 KiB of samples
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused_at_its_end(tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone(8000), 8000)
+    blocks = read_blocks(tmp_path / "a.wav", block_seconds=0.25)
+    next(blocks)
+    with open(tmp_path / "a.wav", "ab") as file:
+        file.write(b"x")
+    with pytest.raises(AudioError, match=r"a\.wav changed while it was read") as caught:
+        list(blocks)
+    assert caught.value.reason == "changed"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a name is text")
+def test_a_name_that_is_no_text_is_read(tmp_path):
+    path = tmp_path / os.fsdecode(b"\xff.wav")
+    soundfile.write(os.fsencode(path), tone(8000), 8000)
+    assert read_audio(path)[0].shape == (1, 8000) and sample_rate_of(path) == 8000
+
+
+@pytest.mark.parametrize(("content", "reason"), [(None, "missing"), (b"", "empty file"), (b"junk", "unreadable")])
+def test_an_error_has_a_reason_in_a_word_or_two(tmp_path, content, reason):
+    if content is not None:
+        (tmp_path / "a.wav").write_bytes(content)
+    with pytest.raises(AudioError) as caught:
+        read_audio(tmp_path / "a.wav")
+    assert caught.value.reason == reason and pickle.loads(pickle.dumps(caught.value)).reason == reason
+
+
+def test_what_is_no_audio_in_a_folder_is_named(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("a.wav", "sub/b.WAV", "notes.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "c.wav").symlink_to(tmp_path / "nowhere.wav")
+    files, others = list_folder(tmp_path)
+    assert files == [tmp_path / "a.wav", tmp_path / "sub" / "b.WAV"]
+    assert {path.name: error.reason for path, error in others.items()} == {
+        "c.wav": "broken link", "loop": "link to a folder", "notes.txt": "not audio"
+    }  # fmt: skip
+    for file in files:
+        file.unlink()
+    with pytest.raises(
+        AudioError, match=r"holds no audio file .* What else is there cannot be used; the first: .*c\.wav is a"
+    ):
+        find_audio(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("samples", "runs"),
+    [
+        ([], 0), ([1, 1], 0), ([1, 1, 1], 1), ([1, -1, 1, 1], 1), ([0, 1, 1, 0, 1, 1], 0), ([1, 1, 1, 0, -1, -1, -1, -1], 2),
+        ([0.998] * 9, 0), ([1.5] * 9, 1),
+    ],
+)  # fmt: skip
+def test_runs_of_clipped_samples_are_counted_once(samples, runs):
+    audio = torch.tensor([samples, [0.0] * len(samples)])
+    assert clipped_runs(audio) == runs and clipped_runs(torch.cat([audio, audio])) == 2 * runs
 
 
 def test_finds_files_in_subfolders_in_a_stable_order(tmp_path):
@@ -168,7 +260,11 @@ def test_blocks_of_one_sample_and_of_a_file_shorter_than_the_resampler(tmp_path)
 
 @pytest.mark.parametrize(
     ("samples", "message"),
-    [([], "holds no samples"), ([0.0] * 9000 + [np.nan], "samples that are not finite numbers .1 of them")],
+    [
+        ([], "holds no samples"),
+        ([0.0] * 4000 + [-1e11], "samples beyond 1e.10 times full scale, from 0.500 s on"),
+        ([0.0] * 9000 + [np.nan], "samples that are not finite numbers, from 1.125 s on"),
+    ],
 )
 def test_blocks_refuse_what_whole_files_refuse(tmp_path, samples, message):
     soundfile.write(tmp_path / "bad.wav", np.array(samples, np.float32), 8000, subtype="FLOAT")

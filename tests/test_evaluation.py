@@ -64,6 +64,29 @@ def test_a_long_file_takes_no_more_memory(model, tmp_path):
     assert long["largest_difference_from_forward"] < 1e-4
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_checking_a_long_file_takes_no_more_memory(tmp_path):
+    """5 minutes of stereo at 48 kHz are 110 MiB as numbers."""
+    told = run(
+        "bench/check_folder.py",
+        "--files",
+        "20",
+        "--workers",
+        "2",
+        "--minutes",
+        "0.5",
+        "5",
+        "--json",
+        str(tmp_path / "a.json"),
+    )
+    figures = json.loads((tmp_path / "a.json").read_text())
+    short, long = figures["long"]
+    assert (short["minutes"], long["minutes"]) == (0.5, 5) and figures["short"][0]["files"] == 20
+    assert long["peak_mib"] < short["peak_mib"] + 16
+    assert "20 files, 2 threads: " in told
+
+
 def test_tables_of_the_readme_are_those_of_the_results():
     done = subprocess.run([sys.executable, "evaluation/tables.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

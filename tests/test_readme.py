@@ -4,6 +4,7 @@ import doctest
 import importlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -73,8 +74,25 @@ def test_commands_of_the_readme_run_in_their_order(tmp_path, monkeypatch):
             status = done.code
         assert status == 0, command
         ran.add(arguments[0])
-    assert {"fit", "reconstruct", "generate", "evaluate", "info", "doctor"} <= ran
+    assert {"check", "fit", "reconstruct", "generate", "evaluate", "info", "doctor"} <= ran
     assert (tmp_path / "out.wav").exists() and (tmp_path / "runs" / "mine" / "report.html").exists()
+
+
+def test_what_check_says_in_the_readme_is_what_it_says(tmp_path, monkeypatch, capsys):
+    data = tmp_path / "MY_RECORDINGS"
+    shutil.copytree(ROOT / "samples" / "train", data)
+    audio, rate = soundfile.read(data / "moonlight_piano.flac", dtype="int16")
+    soundfile.write(data / "moonlight_piano_copy.wav", audio, rate)
+    audio = audio / 32768
+    soundfile.write(data / "too_loud.wav", np.clip(8 * audio[: 10 * rate], -1, 1), rate)
+    soundfile.write(data / "click.wav", audio[rate : rate + rate // 20], rate)
+    soundfile.write(data / "stereo.wav", np.stack([audio, 0.8 * audio], axis=1)[: 10 * rate], 48_000)
+    soundfile.write(data / "muted.wav", np.zeros((5 * rate, 2)), 48_000)
+    (data / "half_downloaded.wav").write_bytes(b"RIFF")
+    (data / "notes.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    assert main(["check", "MY_RECORDINGS"]) == 0
+    assert f"```\n{capsys.readouterr().out}```" in README
 
 
 @pytest.mark.parametrize("command", sorted({c for c in COMMANDS if c.startswith(("make ", "python "))}))

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from s4audio import __version__
+from s4audio.cli.check import check
 from s4audio.cli.demo import demo
 from s4audio.cli.doctor import doctor
 from s4audio.cli.evaluate import evaluate
@@ -19,6 +20,7 @@ from s4audio.cli.reconstruct import reconstruct
 HELP = """s4audio trains models of raw audio on a folder of recordings, and makes sound with them.
 
   s4audio demo                                see and hear it all: trains a small model on the clips that come with it
+  s4audio check FOLDER                        what training will make of a folder: what it uses, and why not the rest
   s4audio fit --config RECIPE.yaml            train a model; given the same run folder again, go on where it stopped
   s4audio generate MODEL --from noise         make audio from noise, or from a recording with --from FILE
   s4audio reconstruct MODEL IN.wav OUT.wav    send a recording of any length through a model, block by block
@@ -29,10 +31,11 @@ HELP = """s4audio trains models of raw audio on a folder of recordings, and make
 A MODEL is a folder that training wrote, such as runs/NAME/best. `s4audio VERB --help` tells more about each.
 
 First steps: `s4audio demo`; then, with recordings of your own,
+  s4audio check FOLDER
   s4audio fit --config recipes/demo.yaml --train FOLDER --out runs/mine"""
 
 VERBS: dict[str, Callable[[list[str]], int | None]] = {
-    verb.__name__: verb for verb in (demo, fit, generate, reconstruct, evaluate, info, doctor)
+    verb.__name__: verb for verb in (demo, check, fit, generate, reconstruct, evaluate, info, doctor)
 }
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

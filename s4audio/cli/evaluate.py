@@ -112,10 +112,10 @@ def embedding(name: str) -> str | Embedding:
 def _score(args: argparse.Namespace) -> None:
     page = Path(args.report) / "report.html" if args.report else None
     for file in filter(None, (args.json and Path(args.json), page)):
-        _check_place(file)  # now, not after minutes of work
+        check_place(file)  # now, not after minutes of work
     models, unreadable = made_by(Path(args.generated))
     of_reference, _ = made_by(Path(args.reference))
-    with _bar() as progress:
+    with progress_bar() as progress:
         evaluator = _evaluator(args, embedding(args.embedding), progress)
         evaluation = evaluator.evaluate(args.generated, args.reference, args.train, args.paired)
     scores = evaluation.scores
@@ -134,7 +134,7 @@ def _score(args: argparse.Namespace) -> None:
     for warning in [*scores["warnings"], *filter(None, [scores.get("fid_infinity_reason")])]:
         print(f"note: {warning}")
     if args.json:
-        _write_json(args.json, scores)
+        write_json(args.json, scores)
         print(f"scores: {args.json}")
     if page:
         _write_report(page, evaluation)
@@ -166,14 +166,14 @@ def _warnings_of_notes(
     return found
 
 
-def _check_place(file: Path) -> None:
+def check_place(file: Path) -> None:
     """Raises: ValueError, if no file can be written there."""
     parent = next(folder for folder in file.absolute().parents if folder.exists())
     if file.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"{file} is no place where a file can be written; choose another.")
 
 
-def _write_json(path: str, content: dict[str, Any]) -> None:
+def write_json(path: str, content: dict[str, Any]) -> None:
     with replacing(path) as file:
         file.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
@@ -185,7 +185,7 @@ def _evaluator(args: argparse.Namespace, which: str | Embedding, progress: Progr
 
 
 @contextmanager
-def _bar() -> Iterator[Progress]:
+def progress_bar() -> Iterator[Progress]:
     """A progress bar on a terminal; elsewhere a line every ten seconds."""
     console = Console(stderr=True)
     if not console.is_terminal:
@@ -467,8 +467,8 @@ def _read_scores(path: str) -> dict[str, Any]:
 
 def _show_sensitivity(args: argparse.Namespace, name: str, folder: str) -> None:
     if args.json:
-        _check_place(Path(args.json))
-    with _bar() as progress:
+        check_place(Path(args.json))
+    with progress_bar() as progress:
         evaluator = _evaluator(args, embedding(name), progress)
         rows = sensitivity(evaluator, folder)
     print(f"what {name} hears in {folder}: one half of the clips damaged, against the other half")
@@ -480,7 +480,7 @@ def _show_sensitivity(args: argparse.Namespace, name: str, folder: str) -> None:
             print(f"{what}: {'; '.join(found[key])}")
     if args.json:
         rate = evaluator.common_rate(find_audio(folder))
-        _write_json(args.json, {**found, "provenance": evaluator.provenance(evaluator.embedding_at(rate), rate)})
+        write_json(args.json, {**found, "provenance": evaluator.provenance(evaluator.embedding_at(rate), rate)})
         print(f"card: {args.json}")
 
 

@@ -1,6 +1,7 @@
 """Data sets, as Lightning data modules."""
 
 from s4audio.data.audio_folder import AudioFolder
+from s4audio.data.check import check_folder
 from s4audio.data.images import ImageError, Images, ImageSequences, read_images
 
-__all__ = ["AudioFolder", "ImageError", "ImageSequences", "Images", "read_images"]
+__all__ = ["AudioFolder", "ImageError", "ImageSequences", "Images", "check_folder", "read_images"]

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from s4audio.audio import NORMALIZATIONS, AudioError, find_audio, normalize, read_audio
-
-SHORTEST_SECONDS = 0.01  # what is shorter is no recording
+from s4audio.audio import NORMALIZATIONS, NOT_AUDIO, AudioError, find_audio, list_folder, normalize
+from s4audio.data.check import read_recording
 
 
 class AudioFolder(lightning.LightningDataModule):
     """Mono clips from a folder of audio files, searched recursively; every file is read once and kept in memory.
+
+    Files that cannot be used, and copies of others, are left out and named in `skipped`; `check_folder` says the same.
 
     Training clips are a stream without end: clip number k is a file and a place drawn from (seed, k) alone, so that a run
     that stops and goes on sees what it would have seen. Validation clips are fixed windows, side by side.
@@ -74,9 +75,9 @@ class AudioFolder(lightning.LightningDataModule):
         """Finds, splits and reads the files, once."""
         if self.train_clips:
             return
-        train = self._read(_find("train", self.train))
+        train = self._read("train", self.train)
         if self.valid is not None:
-            valid = self._read(_find("valid", self.valid))
+            valid = self._read("valid", self.valid)
         elif len(train) > 1:
             train, valid = split_files(train, self.valid_fraction, self.seed)
         else:
@@ -118,32 +119,25 @@ class AudioFolder(lightning.LightningDataModule):
             persistent_workers=self.num_workers > 0, pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
 
-    def _read(self, files: list[Path]) -> dict[str, Tensor]:
+    def _read(self, argument: str, folder: str) -> dict[str, Tensor]:
         """Name and samples of each file that can be used; why the others cannot goes to `skipped`."""
+        try:
+            files = find_audio(folder)
+        except AudioError as error:
+            raise AudioError(f"{argument}: {error}", error.reason) from error
         clips: dict[str, Tensor] = {}
         skipped: list[str] = []
+        seen: dict[str, Path] = {}
         for file in files:
             try:
-                audio, _ = read_audio(file, self.sample_rate)
-                if audio.shape[-1] < SHORTEST_SECONDS * self.sample_rate:
-                    raise AudioError(f"{file} is shorter than {SHORTEST_SECONDS} s.")
-                if not audio.any():
-                    raise AudioError(f"{file} is silent.")
+                clips[str(file)] = normalize(read_recording(file, self.sample_rate, seen), self.normalize)
             except AudioError as error:
                 skipped.append(str(error))
-            else:
-                clips[str(file)] = normalize(audio, self.normalize)
         if not clips:
             raise AudioError(f"none of the {len(files)} audio files can be used; the first: {skipped[0]}")
-        self.skipped += skipped
+        barred = [str(error) for error in list_folder(folder)[1].values() if error.reason != NOT_AUDIO]
+        self.skipped += skipped + barred
         return clips
-
-
-def _find(argument: str, folder: str) -> list[Path]:
-    try:
-        return find_audio(folder)
-    except AudioError as error:
-        raise AudioError(f"{argument}: {error}") from error
 
 
 def split_files(files: dict[str, Tensor], valid_fraction: float, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

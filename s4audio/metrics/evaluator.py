@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from s4audio.audio import (
+    DC_OFFSET,
     NORMALIZATIONS,
     RESAMPLER,
+    SILENT_PEAK,
     AudioError,
+    clipped_runs,
     decoders,
     find_audio,
     normalize,
@@ -31,9 +34,6 @@ from s4audio.metrics.resampling import count_windows, effective_windows, jackkni
 from s4audio.metrics.signal import log_spectral_distance, mel_distance, si_sdr
 
 FORMAT = 1  # of the dictionary; another number if a key or its meaning changed
-SILENT_PEAK = 1e-4  # -80 dB
-CLIPPED_RUN, CLIPPED_LEVEL = 3, 0.999  # samples in a row at full scale
-DC_OFFSET = 0.01  # -40 dB
 DEFECTS = {
     "silent": "silent, as mono", "clipped": "clipped", "dc_shifted": "with a DC offset", "duplicate": "the same as another"
 }  # fmt: skip
@@ -385,11 +385,9 @@ def pair_files(
 
 def _defects(audio: Tensor) -> tuple[str, ...]:
     """What is wrong with a clip (1, samples)."""
-    full = (audio[0].abs() >= CLIPPED_LEVEL).float()
-    run = min(CLIPPED_RUN, len(full))
     found = {
         "silent": audio.abs().max() < SILENT_PEAK,
-        "clipped": bool((full.unfold(0, run, 1).sum(-1) == run).any()),
+        "clipped": clipped_runs(audio) > 0,
         "dc_shifted": audio.mean().abs() > DC_OFFSET,
     }
     return tuple(name for name, is_so in found.items() if is_so)

@@ -60,7 +60,7 @@ def test_recordings_that_cannot_be_used_are_named_and_nothing_is_trained(capsys,
     assert "holds no audio file" in error and not (tmp_path / "run").exists()
 
     for number in range(2):
-        soundfile.write(tmp_path / "bad" / f"good{number}.wav", 0.1 * np.ones(9000), 8000)
+        soundfile.write(tmp_path / "bad" / f"good{number}.wav", 0.1 * np.ones(9000 + number), 8000)
     steps = ["--trainer.max_steps", "1", "--data.init_args.valid", str(tmp_path / "bad" / "good0.wav")]
     assert main(["fit", "--config", RECIPE, "--data.init_args.train", str(tmp_path / "bad"), "--out", run, *steps]) == 0
     told = capsys.readouterr().out

@@ -113,6 +113,17 @@ def test_silent_and_tiny_files_are_skipped_and_named(folder):
     ]
 
 
+def test_copies_are_left_out_so_that_none_is_trained_on_and_held_out(folder):
+    for number in range(1, 5):
+        samples, rate = soundfile.read(folder / "sub" / f"{number}.wav", dtype="float32")
+        soundfile.write(folder / f"copy of {number}.wav", samples, rate, subtype="FLOAT")
+    data = AudioFolder(str(folder), 1000, valid_fraction=0.5)
+    data.setup()
+    assert len(data.skipped) == 4
+    assert data.skipped[0] == f"{folder / 'sub' / '1.wav'} holds the same samples as {folder / 'copy of 1.wav'}."
+    assert sorted(round(10 * float(clip.amax())) for clip in data.train_clips + data.valid_clips) == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize(("length", "expected"), [(1, 1), (100, 1), (149, 1), (150, 2), (200, 2), (260, 3)])
 def test_validation_windows_lie_side_by_side(length, expected):
     audio = 1 + torch.arange(float(length)).unsqueeze(0)
