@@ -1,0 +1,163 @@
+"""kill -9 at any moment, and the same command goes on to the same end."""
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from s4audio.cli import fit_audio, fit_images, main
+from s4audio.cli.run_page import PAGE, read_curves
+from s4audio.files import replacing
+from s4audio.tasks import GenerativeTask
+from tests.cli.commands import RECIPE
+from tests.cli.test_fit_images import RECIPE as CLASSIFIER
+from tests.cli.test_fit_images import images  # noqa: F401, a fixture
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is a Unix thing")
+SAVE_EVERY, STEPS = 5, 24
+
+
+def command(arguments: list[str], log: Path, die_at: int | None) -> None:
+    """Runs in a process of its own; kills itself in front of the die_at-th file that would take its name.
+
+    Pictures are left out: they would take most of the time.
+    """
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    torch.set_num_threads(1)
+    replace, replaced = os.replace, 0
+
+    def counted(*paths: Path) -> None:
+        nonlocal replaced
+        replaced += 1
+        if replaced == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(*paths)
+
+    os.replace = counted
+    GenerativeTask._show = lambda *_: None
+    fit_audio.finish = fit_images.finish = finish
+    sys.exit(main(arguments))
+
+
+def finish(out: Path, data: object) -> list[str]:
+    with replacing(out / PAGE) as file:
+        file.write(b"a page")
+    return []
+
+
+class Run:
+    """A training in a folder, by processes that are forked from one that has imported everything."""
+
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["tests.cli.test_kill", "lightning.pytorch.cli", "tensorboard", "matplotlib.pyplot"])
+
+    def __init__(self, recipe: list[str], out: Path) -> None:
+        self.arguments, self.out, self.told = ["fit", *recipe, "--out", str(out)], out, ""
+
+    def go_on(self, seconds: float | None = None, die_at: int | None = None) -> bool:
+        """Gives the command; kills it after so many seconds. Whether it came to its end."""
+        log = self.out.with_suffix(".log")
+        process = self.processes.Process(target=command, args=(self.arguments, log, die_at))
+        process.start()
+        process.join(seconds)
+        process.kill()
+        process.join()
+        self.told = log.read_text() if log.exists() else ""
+        assert process.exitcode in (0, -signal.SIGKILL), self.told
+        return process.exitcode == 0
+
+    def resumed_at(self) -> int:
+        """The step that it said it would go on from."""
+        said = re.search(r"holds a run of (\d+) steps; going on from there", self.told)
+        return int(said[1]) if said else 0
+
+    def reached(self) -> int:
+        """The last step that is known of the processes so far, as TensorBoard's files have it or the terminal had."""
+        return max([0, *(int(step) for step in re.findall(r"step (\d+)", self.told))])
+
+    def models(self) -> dict[str, bytes]:
+        return {name: (self.out / name / "model.safetensors").read_bytes() for name in ("best", "last")}
+
+    def records(self) -> dict[str, dict]:
+        found = {name: json.loads((self.out / name / "config.json").read_text()) for name in ("best", "last")}
+        for record in found.values():
+            del record["training"]["wall_seconds"]
+        return found
+
+
+def same_end(run: Run, whole: Run) -> None:
+    """The models are those of the run that nothing stopped, bit for bit, and so is what is known of them."""
+    assert run.models() == whole.models()
+    assert run.records() == whole.records()
+    ours, theirs = read_curves(run.out), read_curves(whole.out)
+    for name in theirs:
+        values = dict(zip(*theirs[name], strict=True))
+        assert ours[name][0] == sorted(set(ours[name][0]))  # each step once
+        assert {step: values[step] for step in ours[name][0]} == dict(zip(*ours[name], strict=True))
+        missing = set(theirs[name][0]) - set(ours[name][0])
+        assert all((step + 1) % SAVE_EVERY == 0 for step in missing), (name, missing)
+    assert not [path for path in run.out.rglob(".*") if path.is_file()]
+
+
+def generator(folder: Path) -> list[str]:
+    data = ["--train", str(folder), "--data.init_args.batch_size", "2", "--data.init_args.clip_seconds", "0.25"]
+    schedule = ["--model.init_args.warmup_steps", "4", "--model.init_args.decay_steps", str(STEPS)]
+    trainer = ["--steps", str(STEPS), "--trainer.val_check_interval", "4", "--trainer.log_every_n_steps", "1"]
+    return ["--config", RECIPE, *data, *schedule, *trainer, "--save_every", str(SAVE_EVERY)]
+
+
+def classifier(images: Path, folder: Path) -> list[str]:  # noqa: F811
+    """With dropout, an average of the weights, accumulated gradients and early stopping, at step 20 of 60."""
+    recipe = json.loads(json.dumps(CLASSIFIER))
+    recipe["data"]["init_args"]["root"] = str(images)
+    recipe["model"]["init_args"]["ema_decay"] = 0.8
+    stopping = {"monitor": "valid/accuracy", "mode": "max", "patience": 4, "min_delta": 1.0}
+    recipe["trainer"] = {
+        "max_steps": 60, "val_check_interval": 8, "accumulate_grad_batches": 2, "log_every_n_steps": 1,
+        "callbacks": [{"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": stopping}],
+    }  # fmt: skip
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return ["--config", str(folder / "recipe.yaml"), "--save_every", str(SAVE_EVERY)]
+
+
+def whole_run(recipe: list[str], folder: Path) -> tuple[Run, float]:
+    """What it comes to when nothing stops it, and its seconds."""
+    Run(recipe, folder / "first").go_on()  # the first process starts the server
+    whole, start = Run(recipe, folder / "whole"), time.monotonic()
+    assert whole.go_on()
+    seconds = time.monotonic() - start
+    same_end(whole, Run(recipe, folder / "first"))
+    return whole, seconds
+
+
+def trial(run: Run, whole: Run, seconds: float, moments: random.Random) -> int:
+    """Kills a run at random moments until it comes to its end; how often."""
+    kills = 0
+    while not run.go_on(moments.uniform(0, 1.3 * seconds)):
+        reached, kills = run.reached(), kills + 1
+        if not run.go_on(moments.uniform(0, 1.3 * seconds)):
+            kills += 1
+        if "data:" in run.told and "Traceback" not in run.told and "finished" not in run.told and run.resumed_at():
+            assert reached - run.resumed_at() <= SAVE_EVERY, run.told
+    same_end(run, whole)
+    return kills
+
+
+@pytest.mark.parametrize("kind", ["generator", "classifier"])
+def test_killed_at_a_random_moment(kind, folder, images, tmp_path):  # noqa: F811
+    recipe = generator(folder) if kind == "generator" else classifier(images, tmp_path)
+    whole, seconds = whole_run(recipe, tmp_path)
+    moments = random.Random(0)
+    run = Run(recipe, tmp_path / "run")
+    assert trial(run, whole, seconds, moments) >= 1
