@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import time
@@ -17,7 +18,7 @@ import yaml
 from s4audio.cli import fit_audio, fit_images, main
 from s4audio.cli.run_page import PAGE, read_curves
 from s4audio.files import replacing
-from s4audio.tasks import GenerativeTask
+from s4audio.tasks import GenerativeTask, Progress
 from tests.cli.commands import RECIPE
 from tests.cli.test_fit_images import RECIPE as CLASSIFIER
 from tests.cli.test_fit_images import images  # noqa: F401, a fixture
@@ -29,11 +30,12 @@ SAVE_EVERY, STEPS = 5, 24
 def command(arguments: list[str], log: Path, die_at: int | None) -> None:
     """Runs in a process of its own; kills itself in front of the die_at-th file that would take its name.
 
-    Pictures are left out: they would take most of the time.
+    Pictures are left out, which would take most of the time, and every step is told.
     """
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    sys.stdout.reconfigure(line_buffering=True)
     torch.set_num_threads(1)
     replace, replaced = os.replace, 0
 
@@ -46,6 +48,7 @@ def command(arguments: list[str], log: Path, die_at: int | None) -> None:
 
     os.replace = counted
     GenerativeTask._show = lambda *_: None
+    Progress.__init__.__defaults__ = (0.0,)  # seconds between lines
     fit_audio.finish = fit_images.finish = finish
     sys.exit(main(arguments))
 
@@ -64,27 +67,25 @@ class Run:
 
     def __init__(self, recipe: list[str], out: Path) -> None:
         self.arguments, self.out, self.told = ["fit", *recipe, "--out", str(out)], out, ""
+        self.reached = 0  # steps
 
     def go_on(self, seconds: float | None = None, die_at: int | None = None) -> bool:
         """Gives the command; kills it after so many seconds. Whether it came to its end."""
         log = self.out.with_suffix(".log")
+        log.write_text("")
         process = self.processes.Process(target=command, args=(self.arguments, log, die_at))
         process.start()
         process.join(seconds)
         process.kill()
         process.join()
-        self.told = log.read_text() if log.exists() else ""
+        self.told = log.read_text()
         assert process.exitcode in (0, -signal.SIGKILL), self.told
+        went_on = re.search(r"holds a run of (\d+) steps; going on from there", self.told)
+        steps = [int(step) for step in re.findall(r"^step (\d+) of", self.told, flags=re.MULTILINE)]
+        if went_on or steps:
+            assert self.reached - (int(went_on[1]) if went_on else 0) <= SAVE_EVERY, self.told
+        self.reached = max(self.reached, *steps, 0)
         return process.exitcode == 0
-
-    def resumed_at(self) -> int:
-        """The step that it said it would go on from."""
-        said = re.search(r"holds a run of (\d+) steps; going on from there", self.told)
-        return int(said[1]) if said else 0
-
-    def reached(self) -> int:
-        """The last step that is known of the processes so far, as TensorBoard's files have it or the terminal had."""
-        return max([0, *(int(step) for step in re.findall(r"step (\d+)", self.told))])
 
     def models(self) -> dict[str, bytes]:
         return {name: (self.out / name / "model.safetensors").read_bytes() for name in ("best", "last")}
@@ -131,33 +132,71 @@ def classifier(images: Path, folder: Path) -> list[str]:  # noqa: F811
     return ["--config", str(folder / "recipe.yaml"), "--save_every", str(SAVE_EVERY)]
 
 
-def whole_run(recipe: list[str], folder: Path) -> tuple[Run, float]:
+def whole_run(recipe: list[str], out: Path) -> tuple[Run, float]:
     """What it comes to when nothing stops it, and its seconds."""
-    Run(recipe, folder / "first").go_on()  # the first process starts the server
-    whole, start = Run(recipe, folder / "whole"), time.monotonic()
+    server = Run.processes.Process(target=int)
+    server.start()
+    server.join()  # it has imported everything now
+    whole, start = Run(recipe, out), time.monotonic()
     assert whole.go_on()
-    seconds = time.monotonic() - start
-    same_end(whole, Run(recipe, folder / "first"))
-    return whole, seconds
+    return whole, time.monotonic() - start
 
 
-def trial(run: Run, whole: Run, seconds: float, moments: random.Random) -> int:
-    """Kills a run at random moments until it comes to its end; how often."""
-    kills = 0
-    while not run.go_on(moments.uniform(0, 1.3 * seconds)):
-        reached, kills = run.reached(), kills + 1
-        if not run.go_on(moments.uniform(0, 1.3 * seconds)):
-            kills += 1
-        if "data:" in run.told and "Traceback" not in run.told and "finished" not in run.told and run.resumed_at():
-            assert reached - run.resumed_at() <= SAVE_EVERY, run.told
+def kill_at_random(recipe: list[str], out: Path, whole: Run, seconds: float, moments: random.Random) -> int:
+    """Kills a run at random moments, at least once, and lets it come to its end; how often."""
+    run, kills = Run(recipe, out), 0
+    while not run.go_on(moments.uniform(0, seconds) if not kills or moments.random() < 0.5 else None):
+        kills += 1
     same_end(run, whole)
+    assert run.go_on() and "It is finished; nothing was changed" in run.told
+    same_end(run, whole)
+    if not kills:  # it was too quick
+        shutil.rmtree(out)
+        return kill_at_random(recipe, out, whole, 0.9 * seconds, moments)
     return kills
 
 
-@pytest.mark.parametrize("kind", ["generator", "classifier"])
-def test_killed_at_a_random_moment(kind, folder, images, tmp_path):  # noqa: F811
+def kill_at(die_at: int, recipe: list[str], out: Path, whole: Run) -> bool:
+    """Kills a run in front of the die_at-th file that takes its name, and lets it go on; whether there is such a file."""
+    run = Run(recipe, out)
+    killed = not run.go_on(die_at=die_at)
+    if killed:
+        assert run.go_on()
+        same_end(run, whole)
+    return killed
+
+
+def test_a_generator_killed_at_a_random_moment(folder, tmp_path):
+    recipe = generator(folder)
+    whole, seconds = whole_run(recipe, tmp_path / "whole")
+    assert kill_at_random(recipe, tmp_path / "run", whole, seconds, random.Random(0)) >= 1
+
+
+def test_a_classifier_killed_between_its_best_model_and_the_checkpoint(images, tmp_path):  # noqa: F811
+    recipe = classifier(images, tmp_path)
+    whole, _ = whole_run(recipe, tmp_path / "whole")
+    assert whole.records()["last"]["training"]["steps"] == 20  # it stopped early
+    assert kill_at(8, recipe, tmp_path / "run", whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "trials"), [("generator", 50), ("classifier", 15)])
+def test_killed_at_random_moments_many_times(kind, trials, folder, images, tmp_path):  # noqa: F811
     recipe = generator(folder) if kind == "generator" else classifier(images, tmp_path)
-    whole, seconds = whole_run(recipe, tmp_path)
+    whole, seconds = whole_run(recipe, tmp_path / "whole")
+    again, _ = whole_run(recipe, tmp_path / "again")
+    same_end(again, whole)
     moments = random.Random(0)
-    run = Run(recipe, tmp_path / "run")
-    assert trial(run, whole, seconds, moments) >= 1
+    kills = [kill_at_random(recipe, tmp_path / f"run{i}", whole, seconds, moments) for i in range(trials)]
+    print(f"{sum(kills)} kills in {trials} trials; a run takes {seconds:.1f} s")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["generator", "classifier"])
+def test_killed_wherever_a_file_takes_its_name(kind, folder, images, tmp_path):  # noqa: F811
+    recipe = generator(folder) if kind == "generator" else classifier(images, tmp_path)
+    whole, _ = whole_run(recipe, tmp_path / "whole")
+    die_at = 1
+    while kill_at(die_at, recipe, tmp_path / f"run{die_at}", whole):
+        die_at += 1
+    assert die_at > 20
