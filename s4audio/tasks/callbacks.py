@@ -200,9 +200,9 @@ def _refuse_not_finite(model: nn.Module, step: int) -> None:
     """Files hold numbers, or stay those of the last save.
 
     Raises:
-        DivergenceError: a weight is no finite number.
+        DivergenceError: a weight, or what the model has counted, is no finite number.
     """
-    if not all(torch.isfinite(parameter).all() for parameter in model.parameters()):
+    if not all(torch.isfinite(value).all() for value in model.state_dict().values()):
         raise DivergenceError(
             f"the weights are no longer finite numbers at step {step}; the files of the last save are from before. "
             "Try a smaller lr or ssm_lr, more warmup_steps, or trainer.gradient_clip_val 1.0."
@@ -255,7 +255,7 @@ class Progress(lightning.Callback):
             )
         if task.skipped != self.skipped:
             self.skipped = task.skipped
-            self._print(f"step {step}: an update is left out, {task.skipped} so far: {task.why_skipped}.")
+            self._print(f"an update was left out, {task.skipped} so far: {task.why_skipped}.")
 
     def _print(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)

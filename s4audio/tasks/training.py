@@ -55,9 +55,9 @@ class TrainingTask(lightning.LightningModule):
             and gradients are neither accumulated nor scaled; else, and elsewhere, it changes nothing.
         compile: have torch.compile fuse the model's small operations; it takes a minute or so at the start.
         on_nan: what a loss or a gradient that is not finite does. `stop` ends the training; on a GPU one step later, since
-            to look at once would be to wait. `skip` looks at once, and leaves the update out: weights, AdamW's moments and
-            the average of the weights stay as they were; the step counts, and the schedule and the data move on. More than
-            ten such steps in a row stop the training too.
+            to look at once would be to wait. `skip` looks at once, and leaves the update out: weights, buffers, AdamW's
+            moments and the average of the weights stay as they were; the step counts, and the schedule and the data move on.
+            More than ten such steps in a row stop the training too.
 
     A batch for which a GPU has no memory is divided into halves, quarters and so on, from then on: their gradients add up to
     that of the mean over the batch. That is the same step for losses that are means over the clips, which the STFT's
@@ -100,6 +100,7 @@ class TrainingTask(lightning.LightningModule):
         self.on_nan, self.skipped, self.skipped_in_a_row = on_nan, 0, 0
         self.why_skipped = ""
         self.seen: list[Seen] = []  # since the last step
+        self.buffers_before: list[Tensor] = []  # of that step, such as what the model knows of its latent, to skip it
         self.unchecked: tuple[Step, Any] | None = None  # the last step, with its number on its way to the CPU
 
     @abstractmethod
@@ -164,6 +165,8 @@ class TrainingTask(lightning.LightningModule):
         Raises:
             torch.OutOfMemoryError: a batch of one does not fit either.
         """
+        if self.on_nan == "skip" and not self.seen:
+            self.buffers_before = [buffer.clone() for buffer in self.model.buffers()]
         total, losses = self._total_and_losses(batch)
         losses = {name: loss.detach() for name, loss in losses.items()}
         self.seen.append((batch, total.detach(), losses))
@@ -256,12 +259,14 @@ class TrainingTask(lightning.LightningModule):
         if self.on_nan == "stop":
             raise error
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
-        self.why_skipped = str(error).split(" at step ")[0]
+        self.why_skipped = str(error).split(". ")[0]
         if self.skipped_in_a_row > MOST_SKIPPED:
             raise DivergenceError(
                 f"{self.skipped_in_a_row} steps in a row were left out; of the last, {error}", error.batches
             )
         self.zero_grad()  # AdamW leaves alone what has no gradient
+        for buffer, before in zip(self.model.buffers(), self.buffers_before, strict=True):
+            buffer.copy_(before)
 
 
 def _divergence(step: Step, model: nn.Module) -> DivergenceError:

@@ -15,11 +15,10 @@ import pytest
 import torch
 import yaml
 
-from s4audio.cli import fit_audio, fit_images, main
-from s4audio.cli.run_page import PAGE, read_curves
-from s4audio.files import replacing
-from s4audio.tasks import GenerativeTask, Progress
-from tests.cli.commands import RECIPE
+from s4audio.cli import main
+from s4audio.cli.run_page import read_curves
+from s4audio.tasks import Progress
+from tests.cli.commands import RECIPE, without_pictures
 from tests.cli.test_fit_images import RECIPE as CLASSIFIER
 from tests.cli.test_fit_images import images  # noqa: F401, a fixture
 
@@ -47,16 +46,9 @@ def command(arguments: list[str], log: Path, die_at: int | None) -> None:
         replace(*paths)
 
     os.replace = counted
-    GenerativeTask._show = lambda *_: None
+    without_pictures(pytest.MonkeyPatch())
     Progress.__init__.__defaults__ = (0.0,)  # seconds between lines
-    fit_audio.finish = fit_images.finish = finish
     sys.exit(main(arguments))
-
-
-def finish(out: Path, data: object) -> list[str]:
-    with replacing(out / PAGE) as file:
-        file.write(b"a page")
-    return []
 
 
 class Run:
