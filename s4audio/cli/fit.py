@@ -94,7 +94,7 @@ def fit(arguments: list[str]) -> None:
         print(f"{out} holds a run that was stopped before its first checkpoint; it begins anew.")
     elif out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
         raise ValueError(f"{out} holds files that are no run of s4audio; choose a new folder with --out.")
-    with replacing(out / "recipe.yaml") as file:
+    with replacing(out / "recipe.yaml", durable=True) as file:
         file.write(yaml.safe_dump(recipe, sort_keys=False).encode())
     try:
         with _quiet_threads():

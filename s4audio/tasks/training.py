@@ -59,9 +59,10 @@ class TrainingTask(lightning.LightningModule):
             moments and the average of the weights stay as they were; the step counts, and the schedule and the data move on.
             More than ten such steps in a row stop the training too.
 
-    A batch for which a GPU has no memory is divided into halves, quarters and so on, from then on: their gradients add up to
-    that of the mean over the batch. That is the same step for losses that are means over the clips, which the STFT's
-    spectral convergence and a VAE's free nats are not quite; dropout and other noise are drawn anew for each part.
+    A batch for which a GPU has no memory is divided into halves, quarters and so on, from then on and without a CUDA graph:
+    their gradients add up to that of the mean over the batch. That is the same step for losses that are means over the
+    clips, which the STFT's spectral convergence and a VAE's free nats are not quite; dropout and other noise are drawn anew
+    for each part, and what a model counts of its batches, it counts of the parts.
 
     Raises:
         ValueError: ssm_lr is not in (0, 1e-3], a schedule that does not exist or does not take these steps, or on_nan.

@@ -1,6 +1,7 @@
 """What goes wrong in a training: numbers that are none, memory and disks that are full, checkpoints that are damaged."""
 
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -94,6 +95,17 @@ def test_a_batch_that_does_not_fit_is_divided_also_when_the_run_goes_on(folder, 
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
 
 
+def test_a_run_without_a_checkpoint_begins_anew_and_says_so(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".recipe.yaml.new").write_text("half of a recipe")  # what kill -9 leaves
+    monkeypatch.setattr(lightning.Trainer, "fit", with_callback(Crash(1)))
+    assert fit(folder, tmp_path / "run", "--steps", "2", *SHORT) == 1
+    assert "begins anew" not in capsys.readouterr().out
+    monkeypatch.undo()
+    assert fit(folder, tmp_path / "run", "--steps", "2", *SHORT) == 0
+    assert f"{tmp_path}/run holds a run that was stopped before its first checkpoint; it begins" in capsys.readouterr().out
+
+
 @pytest.fixture(scope="module")
 def stopped(folder, tmp_path_factory) -> Path:
     """A run of 6 steps, with checkpoints of 6 and 4."""
@@ -141,6 +153,19 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(stopped, tmp_path, h
     (run / "trainer.previous.ckpt").write_bytes(b"junk")
     with pytest.raises(ValueError, match=r"trainer\.previous\.ckpt is damaged \(BadZipFile\), so this run cannot go on"):
         _last_checkpoint(run)
+
+
+def test_a_finished_run_has_a_page_of_its_last_state(stopped, folder, tmp_path, capsys):
+    """Also when it was killed in front of the page, after it was extended."""
+    run = tmp_path / "run"
+    shutil.copytree(stopped, run)
+    page = run / "report.html"
+    for make, made in ((page.unlink, True), (lambda: os.utime(page, (0, 0)), True), (lambda: None, False)):
+        make()
+        assert fit(folder, run, "--steps", "6", *SHORT) == 0
+        said = capsys.readouterr().out
+        assert "It is finished; nothing was changed." in said and (f"page:     {page}" in said) == made
+        assert page.stat().st_mtime >= (run / "trainer.ckpt").stat().st_mtime
 
 
 def test_from_the_checkpoint_before_it_comes_to_the_same_end(stopped, folder, tmp_path, capsys):

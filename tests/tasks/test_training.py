@@ -10,7 +10,7 @@ from torch.nn.utils import parameters_to_vector
 
 from s4audio import CausalAutoencoder
 from s4audio.models import S4Model
-from s4audio.tasks import ClassificationTask, DivergenceError, GenerativeTask, TrainingTask
+from s4audio.tasks import ClassificationTask, DivergenceError, GenerativeTask, TrainingTask, parameter_groups
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
@@ -72,6 +72,19 @@ def equal(a: Any, b: Any) -> bool:
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_steps_are_those_of_a_plain_loop():
+    task, batches = generative(), clips(6)
+    model = copy.deepcopy(task.model).train()
+    train(task, batches, gradient_clip_val=1.0)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-3, 1e-4, 0.0), betas=task.betas)
+    for batch in batches:
+        optimizer.zero_grad()
+        sum(model.training_losses(batch).values()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    assert equal(dict(task.model.state_dict()), dict(model.state_dict()))
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
@@ -221,3 +234,45 @@ def test_one_clip_that_does_not_fit_ends_the_training():
     with pytest.raises(torch.OutOfMemoryError):
         train(task, labelled(2))
     assert refused == [4, 2, 1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_gpu_a_gradient_that_is_no_number_is_named_one_step_later(cuda_graph):
+    spoil, watch = Spoil("decoder.3.conv.weight", float("nan"), {2}), Watch()
+    with pytest.raises(DivergenceError, match=r"the gradient of decoder\.3\.conv\.weight is nan at step 2\. Try") as caught:
+        train(generative(cuda_graph=cuda_graph), clips(6), watch, spoil, accelerator="cuda", gradient_clip_val=1.0)
+    assert len(watch.states) == 3
+    assert torch.equal(caught.value.batches[0][0].cpu(), clips(6)[2])
+
+
+@pytest.mark.gpu
+def test_gpu_a_skipped_update_leaves_weights_moments_and_average():
+    watch = Watch()
+    task = classifying(on_nan="skip")
+    train(task, labelled(6), watch, Spoil("head.weight", float("nan"), {3}), accelerator="cuda", gradient_clip_val=1.0)
+    *_, before, skipped, after, _ = watch.states
+    assert equal(before["weights"], skipped["weights"]) and equal(before["moments"], skipped["moments"])
+    assert not equal(skipped["weights"], after["weights"]) and task.skipped == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_gpu_a_batch_that_does_not_fit_is_divided(cuda_graph):
+    """Of 64 clips of 2 s at 8 kHz, with less memory than the whole batch was seen to take."""
+    batches = list(0.1 * torch.randn(4, 64, 1, 16000))
+    plain, divided = generative(cuda_graph=False), generative(cuda_graph=cuda_graph)
+    start = parameters_to_vector(plain.model.parameters()).detach().clone()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    train(plain, batches, accelerator="cuda")
+    most = torch.cuda.max_memory_reserved()
+    torch.cuda.empty_cache()
+    try:
+        torch.cuda.set_per_process_memory_fraction(0.7 * most / torch.cuda.mem_get_info()[1])
+        train(divided, batches, accelerator="cuda")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert divided.parts > 1
+    wanted, found = (parameters_to_vector(task.model.parameters()).cpu() - start for task in (plain, divided))
+    assert (found - wanted).norm() < 0.05 * wanted.norm()
