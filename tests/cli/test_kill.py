@@ -23,7 +23,7 @@ from tests.cli.test_fit_images import RECIPE as CLASSIFIER
 from tests.cli.test_fit_images import images  # noqa: F401, a fixture
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is a Unix thing")
-SAVE_EVERY, STEPS = 5, 24
+SAVE_EVERY, STEPS = 5, 26
 
 
 def command(arguments: list[str], log: Path, die_at: int | None) -> None:
@@ -153,7 +153,9 @@ def kill_at(die_at: int, recipe: list[str], out: Path, whole: Run) -> bool:
     run = Run(recipe, out)
     killed = not run.go_on(die_at=die_at)
     if killed:
+        without = (out / "trainer.previous.ckpt").exists() and not (out / "trainer.ckpt").exists()
         assert run.go_on()
+        assert ("trainer.ckpt is missing; taking the checkpoint before it" in run.told) == without
         same_end(run, whole)
     return killed
 
@@ -164,11 +166,13 @@ def test_a_generator_killed_at_a_random_moment(folder, tmp_path):
     assert kill_at_random(recipe, tmp_path / "run", whole, seconds, random.Random(0)) >= 1
 
 
-def test_a_classifier_killed_between_its_best_model_and_the_checkpoint(images, tmp_path):  # noqa: F811
-    recipe = classifier(images, tmp_path)
+def test_a_classifier_killed_between_its_files(images, tmp_path):  # noqa: F811
+    """Where saves come with validations: before the record of the best model, before last, and without trainer.ckpt."""
+    recipe = [*classifier(images, tmp_path), "--save_every", "4"]
     whole, _ = whole_run(recipe, tmp_path / "whole")
     assert whole.records()["last"]["training"]["steps"] == 20  # it stopped early
-    assert kill_at(8, recipe, tmp_path / "run", whole)
+    for die_at in (3, 4, 10):
+        assert kill_at(die_at, recipe, tmp_path / f"run{die_at}", whole)
 
 
 @pytest.mark.slow
