@@ -74,7 +74,7 @@ class RunFolder(lightning.Callback):
             torch.set_rng_state(self.random_state)
         if self.cuda_random_state is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(self.cuda_random_state, trainer.strategy.root_device)
-        if trainer.global_step and (self.out / "best").exists():
+        if trainer.global_step and (self.out / "best" / checkpoint.CONFIG).exists():
             # The folder itself knows best: the trainer's checkpoint may be older than the last validation.
             scores = checkpoint.read_config(self.out / "best")["training"].get("scores", {})
             self.best = scores.get(task.best_score)

@@ -26,8 +26,8 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is a Un
 SAVE_EVERY, STEPS = 5, 26
 
 
-def command(arguments: list[str], log: Path, die_at: int | None) -> None:
-    """Runs in a process of its own; kills itself in front of the die_at-th file that would take its name.
+def command(arguments: list[str], log: Path, die_at: tuple[int, str]) -> None:
+    """Runs in a process of its own; kills itself where a file takes its name: before the so manieth whose path ends so.
 
     Pictures are left out, which would take most of the time, and every step is told.
     """
@@ -38,12 +38,12 @@ def command(arguments: list[str], log: Path, die_at: int | None) -> None:
     torch.set_num_threads(1)
     replace, replaced = os.replace, 0
 
-    def counted(*paths: Path) -> None:
+    def counted(source: Path, path: Path) -> None:
         nonlocal replaced
-        replaced += 1
-        if replaced == die_at:
+        replaced += str(path).endswith(die_at[1])
+        if replaced == die_at[0]:
             os.kill(os.getpid(), signal.SIGKILL)
-        replace(*paths)
+        replace(source, path)
 
     os.replace = counted
     without_pictures(pytest.MonkeyPatch())
@@ -59,9 +59,10 @@ class Run:
 
     def __init__(self, recipe: list[str], out: Path) -> None:
         self.arguments, self.out, self.told = ["fit", *recipe, "--out", str(out)], out, ""
+        self.save_every = int(recipe[-1])
         self.reached = 0  # steps
 
-    def go_on(self, seconds: float | None = None, die_at: int | None = None) -> bool:
+    def go_on(self, seconds: float | None = None, die_at: tuple[int, str] = (0, "")) -> bool:
         """Gives the command; kills it after so many seconds. Whether it came to its end."""
         log = self.out.with_suffix(".log")
         log.write_text("")
@@ -75,7 +76,7 @@ class Run:
         went_on = re.search(r"holds a run of (\d+) steps; going on from there", self.told)
         steps = [int(step) for step in re.findall(r"^step (\d+) of", self.told, flags=re.MULTILINE)]
         if went_on or steps:
-            assert self.reached - (int(went_on[1]) if went_on else 0) <= SAVE_EVERY, self.told
+            assert self.reached - (int(went_on[1]) if went_on else 0) <= self.save_every, self.told
         self.reached = max(self.reached, *steps, 0)
         return process.exitcode == 0
 
@@ -99,7 +100,7 @@ def same_end(run: Run, whole: Run) -> None:
         assert ours[name][0] == sorted(set(ours[name][0]))  # each step once
         assert {step: values[step] for step in ours[name][0]} == dict(zip(*ours[name], strict=True))
         missing = set(theirs[name][0]) - set(ours[name][0])
-        assert all((step + 1) % SAVE_EVERY == 0 for step in missing), (name, missing)
+        assert all((step + 1) % run.save_every == 0 for step in missing), (name, missing)  # it is told after the save
     assert not [path for path in run.out.rglob(".*") if path.is_file()]
 
 
@@ -148,12 +149,11 @@ def kill_at_random(recipe: list[str], out: Path, whole: Run, seconds: float, mom
     return kills
 
 
-def kill_at(die_at: int, recipe: list[str], out: Path, whole: Run) -> bool:
-    """Kills a run in front of the die_at-th file that takes its name, and lets it go on; whether there is such a file."""
-    run = Run(recipe, out)
+def kill_at(die_at: tuple[int, str], run: Run, whole: Run) -> bool:
+    """Kills a run before a file takes its name, and lets it go on; whether there is such a file."""
     killed = not run.go_on(die_at=die_at)
     if killed:
-        without = (out / "trainer.previous.ckpt").exists() and not (out / "trainer.ckpt").exists()
+        without = (run.out / "trainer.previous.ckpt").exists() and not (run.out / "trainer.ckpt").exists()
         assert run.go_on()
         assert ("trainer.ckpt is missing; taking the checkpoint before it" in run.told) == without
         same_end(run, whole)
@@ -167,12 +167,16 @@ def test_a_generator_killed_at_a_random_moment(folder, tmp_path):
 
 
 def test_a_classifier_killed_between_its_files(images, tmp_path):  # noqa: F811
-    """Where saves come with validations: before the record of the best model, before last, and without trainer.ckpt."""
-    recipe = [*classifier(images, tmp_path), "--save_every", "4"]
+    """Before the record of the best model, with a checkpoint and without one; before last; and without trainer.ckpt."""
+    recipe = classifier(images, tmp_path)
     whole, _ = whole_run(recipe, tmp_path / "whole")
     assert whole.records()["last"]["training"]["steps"] == 20  # it stopped early
-    for die_at in (3, 4, 10):
-        assert kill_at(die_at, recipe, tmp_path / f"run{die_at}", whole)
+    for save_every, die_at in (
+        (2, (1, "best/config.json")), (4, (1, "best/config.json")), (4, (1, "last/config.json")), (4, (2, "trainer.ckpt")),
+    ):  # fmt: skip
+        run = Run([*recipe, "--save_every", str(save_every)], tmp_path / f"run{save_every}{die_at[1].replace('/', '_')}")
+        assert kill_at(die_at, run, whole)
+        assert ("trainer.ckpt is missing" in run.told) == (die_at[1] == "trainer.ckpt")
 
 
 @pytest.mark.slow
@@ -192,7 +196,7 @@ def test_killed_at_random_moments_many_times(kind, trials, folder, images, tmp_p
 def test_killed_wherever_a_file_takes_its_name(kind, folder, images, tmp_path):  # noqa: F811
     recipe = generator(folder) if kind == "generator" else classifier(images, tmp_path)
     whole, _ = whole_run(recipe, tmp_path / "whole")
-    die_at = 1
-    while kill_at(die_at, recipe, tmp_path / f"run{die_at}", whole):
-        die_at += 1
-    assert die_at > 20
+    files = 1
+    while kill_at((files, ""), Run(recipe, tmp_path / f"run{files}"), whole):
+        files += 1
+    assert files > 20
