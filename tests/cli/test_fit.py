@@ -17,7 +17,14 @@ from s4audio.checkpoint import read_config
 from s4audio.cli import main
 from s4audio.tasks import DivergenceError, GenerativeTask
 from s4audio.tasks.callbacks import RunFolder
-from tests.cli.commands import RECIPE, ROOT, fit, refused
+from tests.cli.commands import RECIPE, ROOT, fit, refused, without_pictures
+
+
+@pytest.fixture
+def no_pictures():
+    with pytest.MonkeyPatch.context() as patch:
+        without_pictures(patch)
+        yield
 
 
 def weights(out: Path) -> bytes:
@@ -69,6 +76,7 @@ class Crash(lightning.Callback):
             raise RuntimeError("crash")
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("options", [[], ["--trainer.accumulate_grad_batches", "3"]], ids=["plain", "accumulated"])
 def test_a_crashed_run_goes_on_from_its_last_checkpoint(folder, tmp_path, monkeypatch, options):
@@ -95,6 +103,7 @@ class Interrupt(lightning.Callback):
                 os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_ctrl_c_saves_and_the_same_command_goes_on_as_if_nothing_had_been(
@@ -121,6 +130,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_as_if_nothing_had_been(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_second_ctrl_c_does_not_wait_and_saves_nothing_half_done(folder, tmp_path, monkeypatch, capsys):
     options = ["--steps", "6", "--save_every", "2"]
