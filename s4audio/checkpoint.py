@@ -33,6 +33,9 @@ class CheckpointError(ValueError):
 def save(model: nn.Module, path: str | Path, training: dict[str, Any] | None = None) -> None:
     """Writes the two files of the model folder; each appears whole, in the place of an older one, or not at all.
 
+    The weights come first. What ends the process between the two leaves new weights beside the older record of their
+    training, never the record of weights that are not there.
+
     Args:
         model: one of MODELS. Every constructor argument must stand as an attribute of the same name.
         path: the folder.
@@ -48,7 +51,7 @@ def save(model: nn.Module, path: str | Path, training: dict[str, Any] | None = N
     config = json.dumps({"class": name, "arguments": arguments, "training": training or {}}, indent=2) + "\n"
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     path = Path(path)
-    with replacing(path / WEIGHTS) as new_weights, replacing(path / CONFIG) as new_config:
+    with replacing(path / CONFIG, durable=True) as new_config, replacing(path / WEIGHTS, durable=True) as new_weights:
         new_weights.write(to_bytes(weights))  # not save_file, which makes files that only their owner can read
         new_config.write(config.encode())
         for file in (new_weights, new_config):

@@ -20,7 +20,7 @@ SEES = {  # what each part may import of this package
     "data": {"audio"},
     "report": {"files", "audio", "losses"},
     "checkpoint": {"files", "models", "metrics"},
-    "tasks": {"files", "losses", "layers", "models", "metrics", "checkpoint", "report"},
+    "tasks": {"files", "audio", "losses", "layers", "models", "metrics", "checkpoint", "report"},
     "cli": {
         "files",
         "ssm",

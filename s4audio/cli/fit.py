@@ -5,6 +5,7 @@ import logging
 import re
 import threading
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -24,6 +25,7 @@ SHORT = {
     "--valid": "--data.init_args.valid",
     "--root": "--data.init_args.root",
     "--steps": "--trainer.max_steps",
+    "--on-nan": "--model.init_args.on_nan",
 }
 HELP = """usage: s4audio fit --config RECIPE.yaml [--KEY VALUE ...]
 
@@ -36,19 +38,20 @@ Trains what a recipe says.
   --steps N                    length of the training
   --trainer.accelerator cpu    the CPU, also where there is a GPU
   --save_every N               steps between checkpoints
+  --on-nan skip                leave out an update whose loss or gradient is no number, in place of stopping there
   --print_config               the whole recipe as it would run, and nothing else
 
-Everything in a recipe can be set by its path, as in --model.init_args.lr 0.001; the first three and --steps are short for
---data.init_args.train, .valid and .root, and for --trainer.max_steps.
+Everything in a recipe can be set by its path, as in --model.init_args.lr 0.001; the first three, --steps and --on-nan are
+short for --data.init_args.train, .valid and .root, for --trainer.max_steps and --model.init_args.on_nan.
 
 The run folder gets best and last (models), report.html (a page to see and hear), TensorBoard's files and the recipe.
-Ctrl-C stops; the same command goes on. `s4audio fit --help-all` lists every key that exists."""
+Ctrl-C stops, and whatever stopped a run, the same command goes on. `s4audio fit --help-all` lists every key that exists."""
 DATA_HINTS = {  # options that are right for the other kind of data
     "train": "; images are given with --root FOLDER",
     "valid": "; images are given with --root FOLDER",
     "root": "; recordings are given with --train FOLDER",
 }
-SPEED_KEYS = {"cuda_graph", "compile"}  # of a recipe: they change how fast it trains, not what
+FREE_KEYS = {"cuda_graph", "compile", "on_nan"}  # of a recipe: they may change while a run goes on
 
 
 def fit(arguments: list[str]) -> None:
@@ -70,32 +73,41 @@ def fit(arguments: list[str]) -> None:
         cli = _recipe_cli(_in_full(arguments))
     except (MisconfigurationException, ImportError) as error:  # ImportError: hardware whose own package is missing
         raise ValueError(f"the trainer refuses the recipe: {error}") from error
-    out, resume = Path(cli.config["out"]), Path(cli.config["out"]) / TRAINER_CHECKPOINT
+    out = Path(cli.config["out"])
     kind = _kind(cli.model)
     print(*kind.announce(cli.datamodule), sep="\n")
     recipe = yaml.safe_load(cli.parser.dump(cli.config, skip_validation=True))
-    if resume.exists():
-        steps, stopped_early = _progress_of(resume)
+    resume, steps, stopped_early = _last_checkpoint(out)
+    if resume:
         _refuse_another_recipe(recipe, out / "recipe.yaml")
         print(f"{out} holds a run of {steps} steps; going on from there to {cli.trainer.max_steps}.")
         if stopped_early or 0 <= cli.trainer.max_steps <= steps:
             extended = "It stopped early, when it gained no more" if stopped_early else "A larger --steps extends it"
             print(f"It is finished; nothing was changed. {extended}.")
-            if not (out / PAGE).exists():
+            if not (out / PAGE).exists() or (out / PAGE).stat().st_mtime < resume.stat().st_mtime:
                 kind.finish(out, cli.datamodule)
+                print(f"page:     {out / PAGE}")
             return
-    elif out.is_dir() and any(out.iterdir()) and not (out / "recipe.yaml").exists():
+        if resume.name != TRAINER_CHECKPOINT:
+            resume = resume.replace(out / TRAINER_CHECKPOINT)  # in the place of the damaged one
+    elif (out / "recipe.yaml").exists():
+        print(f"{out} holds a run that was stopped before its first checkpoint; it begins anew.")
+    elif out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
         raise ValueError(f"{out} holds files that are no run of s4audio; choose a new folder with --out.")
-    with replacing(out / "recipe.yaml") as file:
+    with replacing(out / "recipe.yaml", durable=True) as file:
         file.write(yaml.safe_dump(recipe, sort_keys=False).encode())
     try:
         with _quiet_threads():
-            cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=str(resume) if resume.exists() else None, weights_only=True)
+            cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=resume, weights_only=True)
     except MisconfigurationException as error:
         raise ValueError(f"the trainer refuses the recipe: {error}") from error
     except SystemExit:  # what Lightning makes of Ctrl-C, after the run folder has saved
-        print(f"\nstopped at step {cli.trainer.global_step} and saved {out / 'last'}; the same command goes on from there.")
-        print(*kind.stopped(out), sep="\n")
+        _, steps, _ = _last_checkpoint(out)
+        if steps:
+            print(f"\nstopped, and saved {out / 'last'} of step {steps}; the same command goes on from there.")
+            print(*kind.stopped(out), sep="\n")
+        else:
+            print("\nstopped before anything was saved; the same command begins anew.")
         raise SystemExit(130) from None
     closing = kind.finish(out, cli.datamodule)
     best = checkpoint.read_config(out / "best")["training"]
@@ -232,21 +244,45 @@ def _recipe_cli(arguments: list[str]) -> Any:
         raise ValueError(f"the recipe or an option is refused: {_innermost(error)}{_hint(error, arguments)}") from error
 
 
-def _progress_of(trainer_checkpoint: Path) -> tuple[int, bool]:
-    """How many steps the run has made, and whether early stopping has ended it.
+def _last_checkpoint(out: Path) -> tuple[Path | None, int, bool]:
+    """The trainer's checkpoint to go on from, how many steps it has made, and whether early stopping has ended it.
+
+    The one before the last takes the place of one that is damaged or missing, and that is said.
 
     Raises:
-        ValueError: the file is not a trainer's checkpoint.
+        ValueError: there are some, and all are damaged.
     """
-    try:
-        state = torch.load(trainer_checkpoint, weights_only=True, map_location="cpu")
-        stopping = (of for name, of in state["callbacks"].items() if name.startswith("EarlyStopping"))
-        return int(state["global_step"]), any(of["wait_count"] >= of["patience"] for of in stopping)
-    except Exception as error:  # whatever a damaged file makes of the unpickler
-        raise ValueError(
-            f"{trainer_checkpoint} is damaged ({type(error).__name__}), so this run cannot go on. Its models are in best "
-            "and last; remove the file, or choose another --out, to begin anew."
-        ) from error
+    from s4audio.tasks.callbacks import PREVIOUS_CHECKPOINT, TRAINER_CHECKPOINT
+
+    paths = [out / TRAINER_CHECKPOINT, out / PREVIOUS_CHECKPOINT]
+    problems: list[str] = []
+    for path in paths:
+        try:
+            found = path, *_progress_of(path)
+        except FileNotFoundError:
+            problems.append(f"{path} is missing")
+        except Exception as error:  # whatever a damaged file makes of the unpickler
+            problems.append(f"{path} is damaged ({type(error).__name__})")
+        else:
+            if problems:
+                print(f"{problems[0]}; taking the checkpoint before it, {path}.")
+            return found
+    if not any(path.exists() for path in paths):
+        return None, 0, False
+    raise ValueError(
+        f"{' and '.join(problems)}, so this run cannot go on. Its models are in best and last; remove the file, or choose "
+        "another --out, to begin anew."
+    )
+
+
+def _progress_of(trainer_checkpoint: Path) -> tuple[int, bool]:
+    """How many steps the run has made, and whether early stopping has ended it; an error if the file is damaged."""
+    with zipfile.ZipFile(trainer_checkpoint) as file:  # torch.load does not look at the checksums
+        if damaged := file.testzip():
+            raise zipfile.BadZipFile(damaged)
+    state = torch.load(trainer_checkpoint, weights_only=True, map_location="cpu")
+    stopping = (of for name, of in state["callbacks"].items() if name.startswith("EarlyStopping"))
+    return int(state["global_step"]), any(of["wait_count"] >= of["patience"] for of in stopping)
 
 
 def _refuse_another_recipe(recipe: dict[str, Any], stored: Path) -> None:
@@ -269,7 +305,7 @@ def _refuse_another_recipe(recipe: dict[str, Any], stored: Path) -> None:
 
 def _first_difference(before: Any, now: Any, key: str) -> str | None:
     if isinstance(before, dict) and isinstance(now, dict):
-        keys = before.keys() - SPEED_KEYS  # what a later version has added stands at its default
+        keys = before.keys() - FREE_KEYS  # what a later version has added stands at its default
         differences = (_first_difference(before.get(k), now.get(k), f"{key}.{k}") for k in sorted(keys))
         return next((difference for difference in differences if difference), None)
     return None if before == now else key

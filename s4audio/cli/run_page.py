@@ -38,14 +38,15 @@ def memory_section(model: torch.nn.Module) -> Section:
 
 
 def read_curves(out: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Steps and values of everything that a run logged, by name."""
+    """Steps and values of everything that a run logged, by name; of steps that were made again after a crash, the last."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(out / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     curves = {}
     for tag in events.Tags()["scalars"]:
-        points = events.Scalars(tag)
-        curves[tag] = [point.step for point in points], [point.value for point in points]
+        points = {point.step: point.value for point in events.Scalars(tag)}
+        steps = sorted(points)
+        curves[tag] = steps, [points[step] for step in steps]
     return curves
 
 

@@ -42,8 +42,11 @@ class ClassificationTask(TrainingTask):
         decay_steps: int | None = None,
         cuda_graph: bool = True,
         compile: bool = False,
+        on_nan: str = "stop",
     ) -> None:
-        super().__init__(model, lr, ssm_lr, weight_decay, betas, schedule, warmup_steps, decay_steps, cuda_graph, compile)
+        super().__init__(
+            model, lr, ssm_lr, weight_decay, betas, schedule, warmup_steps, decay_steps, cuda_graph, compile, on_nan
+        )
         if not hasattr(model, "num_classes"):
             raise ValueError(
                 f"the model is a {type(model).__name__}, which is no classifier; choose S4Model or PatchS4Model."
@@ -75,17 +78,18 @@ class ClassificationTask(TrainingTask):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """One batch of sequences (B, channels, L) and labels (B,)."""
         loss, found = self.total_and_losses(*batch)
-        self.check_finite(loss, {"cross_entropy": loss.detach()})
         trainer: Any = self.trainer
         every = trainer.log_every_n_steps
         if every and (self.global_step + 1) % every == 0:  # when the logger writes: it costs time
-            self.log_dict({"train/loss": loss.detach(), "train/accuracy": found["accuracy"].detach().clone()})
+            self.log_dict({"train/loss": loss.detach(), "train/accuracy": found["accuracy"]})
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """A step, and the average of the weights after it; before any callback saves them."""
+        skipped = self.skipped
         super().optimizer_step(*args, **kwargs)
-        if self.average and self.ema_decay:  # not torch's AveragedModel, which waits for the GPU at every step
+        # Not torch's AveragedModel, which waits for the GPU at every step.
+        if self.average and self.ema_decay and self.skipped == skipped:
             share = max(1 - self.ema_decay, 9 / (10 + self.global_step))  # the first weights are soon forgotten
             torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), share)
             for ours, theirs in zip(self.average.buffers(), self.model.buffers(), strict=True):

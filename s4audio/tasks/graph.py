@@ -1,6 +1,6 @@
 """The losses of a training step and their gradients as one CUDA graph: a launch in place of thousands."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ WARM_UP = 3  # runs before the capture: kernels are compiled and libraries choos
 class LossGraph:
     """The losses of a model for batches of one shape, and the gradient of their weighted sum, captured from a first batch.
 
-    Capturing runs the model a few times; what it counts (buffers) and draws (random numbers) is put back. Losses and
-    gradients lie in the same memory every time: the next call overwrites them, and they cannot be added up over batches.
+    Capturing runs the model a few times; what it counts (buffers) and draws (random numbers) is put back. Gradients lie in
+    the same memory every time: the next call overwrites them, and they cannot be added up over batches.
 
     Args:
         model: whose parameters get the gradients.
@@ -28,7 +28,6 @@ class LossGraph:
     def __init__(self, model: nn.Module, losses: Losses, batch: tuple[Tensor, ...]) -> None:
         self.batch = [part.clone() for part in batch]
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.anchor = torch.zeros((), device=batch[0].device, requires_grad=True)
         self.graph = torch.cuda.CUDAGraph()
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
         random_state = torch.cuda.get_rng_state(batch[0].device)
@@ -42,6 +41,8 @@ class LossGraph:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            if isinstance(error.__context__, torch.OutOfMemoryError):  # which ends a capture, and that is another error
+                raise error.__context__ from None
             raise RuntimeError(
                 f"the training step cannot be captured as a CUDA graph: {str(error).splitlines()[0]} "
                 "Train with --model.init_args.cuda_graph false."
@@ -86,8 +87,14 @@ class LossGraph:
             self.weights.copy_(torch.tensor(given), non_blocking=True)
             self.given = given
         self.graph.replay()
-        total: Any = _Replayed.apply(self.anchor, self)
-        return total, dict(zip(self.names, self.values, strict=True))
+        losses = dict(zip(self.names, self.values.clone(), strict=True))
+        return with_gradients(self.total.clone(), self.parameters, self.gradients), losses
+
+
+def with_gradients(total: Tensor, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> Tensor:
+    """The total, whose `backward` adds gradients that are there already to those of the parameters."""
+    given: Any = _WithGradients.apply(parameters[0], total, parameters, gradients)
+    return given
 
 
 def laid_out(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
@@ -97,16 +104,17 @@ def laid_out(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
     return torch.empty_like(parameter).copy_(gradient)
 
 
-class _Replayed(torch.autograd.Function):
-    """The total of a graph; its gradients are there already."""
+class _WithGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, total: Tensor, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]
+    ) -> Tensor:
+        ctx.parameters, ctx.gradients = parameters, gradients
+        return total.view_as(total)
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, graph: LossGraph) -> Tensor:
-        ctx.graph = graph
-        return graph.total.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
-        for parameter, ours in zip(ctx.graph.parameters, ctx.graph.gradients, strict=True):
-            parameter.grad = ours
-        return None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
+        for parameter, ours in zip(ctx.parameters, ctx.gradients, strict=True):
+            if ours is not None:
+                parameter.grad = ours if parameter.grad is None else parameter.grad + ours
+        return None, None, None, None

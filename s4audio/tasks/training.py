@@ -1,18 +1,42 @@
-"""What every training has in common: AdamW with a group for the dynamics, a schedule, CUDA graphs, and finite numbers."""
+"""What every training has in common: AdamW with a group for the dynamics, a schedule, CUDA graphs, batches that do not fit
+into memory, and finite numbers."""
 
+import math
 from abc import abstractmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning
 import torch
 from torch import Tensor, nn
 
-from s4audio.tasks.graph import Losses, LossGraph
+from s4audio.tasks.graph import Losses, LossGraph, with_gradients
 from s4audio.tasks.optim import SCHEDULES, parameter_groups
+
+MOST_SKIPPED = 10  # updates in a row that are left out before a training with on_nan "skip" stops all the same
+ADVICE = (
+    "Try a smaller lr or ssm_lr, more warmup_steps, or trainer.gradient_clip_val 1.0; on_nan skip leaves out such updates."
+)
+
+Batch = tuple[Tensor, ...]
+Seen = tuple[Batch, Tensor, dict[str, Tensor]]  # a batch, its total, its losses
 
 
 class DivergenceError(RuntimeError):
-    """A loss stopped being a number."""
+    """A loss, a gradient or a weight stopped being a number; `batches` are those of the step."""
+
+    def __init__(self, message: str, batches: list[Batch] | None = None) -> None:
+        super().__init__(message)
+        self.batches = batches or []
+
+
+class Step(NamedTuple):
+    """What says whether a training step went well."""
+
+    number: Tensor  # the sum of its losses and the norm of its gradient: finite if all of it is
+    parameters: list[nn.Parameter]  # with a gradient
+    norms: Tensor  # (parameters,) of their gradients
+    seen: list[Seen]
+    step: int
 
 
 class TrainingTask(lightning.LightningModule):
@@ -30,9 +54,18 @@ class TrainingTask(lightning.LightningModule):
         cuda_graph: on a GPU, capture the losses and their gradients once and replay them, where batches have one shape
             and gradients are neither accumulated nor scaled; else, and elsewhere, it changes nothing.
         compile: have torch.compile fuse the model's small operations; it takes a minute or so at the start.
+        on_nan: what a loss or a gradient that is not finite does. `stop` ends the training; on a GPU one step later, since
+            to look at once would be to wait. `skip` looks at once, and leaves the update out: weights, buffers, AdamW's
+            moments and the average of the weights stay as they were; the step counts, and the schedule and the data move on.
+            More than ten such steps in a row stop the training too.
+
+    A batch for which a GPU has no memory is divided into halves, quarters and so on, from then on and without a CUDA graph:
+    their gradients add up to that of the mean over the batch. That is the same step for losses that are means over the
+    clips, which the STFT's spectral convergence and a VAE's free nats are not quite; dropout and other noise are drawn anew
+    for each part, and what a model counts of its batches, it counts of the parts.
 
     Raises:
-        ValueError: ssm_lr is not in (0, 1e-3], or a schedule that does not exist or does not take these steps.
+        ValueError: ssm_lr is not in (0, 1e-3], a schedule that does not exist or does not take these steps, or on_nan.
     """
 
     best_score = "valid/loss"  # which says what model is the best
@@ -50,8 +83,11 @@ class TrainingTask(lightning.LightningModule):
         decay_steps: int | None,
         cuda_graph: bool,
         compile: bool,
+        on_nan: str,
     ) -> None:
         super().__init__()
+        if on_nan not in ("stop", "skip"):
+            raise ValueError(f"on_nan is {on_nan!r}; choose stop or skip.")
         # Refuses wrong rates now, not after the data is read.
         parameter_groups(model, lr, ssm_lr, weight_decay)
         if schedule not in SCHEDULES:
@@ -61,7 +97,12 @@ class TrainingTask(lightning.LightningModule):
         self.lr, self.ssm_lr, self.weight_decay, self.betas = lr, ssm_lr, weight_decay, betas
         self.cuda_graph, self.compile_losses = cuda_graph, compile
         self.graph: LossGraph | None = None
-        self.unchecked: tuple[Any, ...] | None = None  # the last step's loss, on its way to the CPU
+        self.parts = 1  # into which a batch is divided
+        self.on_nan, self.skipped, self.skipped_in_a_row = on_nan, 0, 0
+        self.why_skipped = ""
+        self.seen: list[Seen] = []  # since the last step
+        self.buffers_before: list[Tensor] = []  # of that step, such as what the model knows of its latent, to skip it
+        self.unchecked: tuple[Step, Any] | None = None  # the last step, with its number on its way to the CPU
 
     @abstractmethod
     def losses(self, *batch: Tensor) -> dict[str, Tensor]:
@@ -88,59 +129,161 @@ class TrainingTask(lightning.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """As the trainer's own, which refuses a fused optimizer in mixed precision, also where no gradient is scaled."""
+        """Clips as the trainer's own would, which refuses a fused optimizer in mixed precision also where no gradient is
+        scaled; and looks whether losses and gradients are numbers, by the norm that clipping needs.
+
+        Raises:
+            DivergenceError: they are not, and the training is to stop.
+        """
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        norms = torch.stack(torch._foreach_norm([parameter.grad for parameter in parameters]))
+        norm = torch.linalg.vector_norm(norms)
         if gradient_clip_val and gradient_clip_algorithm == "value":
-            nn.utils.clip_grad_value_(self.model.parameters(), gradient_clip_val)
+            nn.utils.clip_grad_value_(parameters, gradient_clip_val)
         elif gradient_clip_val:
-            nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip_val)
+            nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        self._check(parameters, norms, norm)
 
     def on_fit_start(self) -> None:
         losses: Any = self.losses
         self._losses: Losses = torch.compile(losses, dynamic=False) if self.compile_losses else losses
         self.graph = self.unchecked = None
+        self.seen = []
 
     def on_fit_end(self) -> None:
         self.graph = None  # its memory, and that of weights which may move
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["task"] = {name: getattr(self, name) for name in ("parts", "skipped", "skipped_in_a_row")}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for name, value in checkpoint.get("task", {}).items():
+            setattr(self, name, value)
+
     def total_and_losses(self, *batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The total that a step descends, and the losses in it; from a CUDA graph where there is one."""
-        step = self.global_step
+        """The total that a step descends, with its gradient, and the losses in it; divides a batch that does not fit.
+
+        Raises:
+            torch.OutOfMemoryError: a batch of one does not fit either.
+        """
+        if self.on_nan == "skip" and not self.seen:
+            self.buffers_before = [buffer.clone() for buffer in self.model.buffers()]
+        total, losses = self._total_and_losses(batch)
+        losses = {name: loss.detach() for name, loss in losses.items()}
+        self.seen.append((batch, total.detach(), losses))
+        return total, losses
+
+    def _total_and_losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         trainer = self.trainer
-        safe = trainer.accumulate_grad_batches == 1 and trainer.world_size == 1 and trainer.precision != "16-mixed"
-        if self.graph is None and self.cuda_graph and batch[0].is_cuda and safe:
+        if trainer.world_size > 1 or trainer.precision == "16-mixed":  # gradients are shared, or scaled, by the trainer
+            losses = self._losses(*batch)
+            return self.total_loss(losses, self.global_step), losses
+        while True:
+            try:
+                if self._captured(batch):
+                    graph: Any = self.graph
+                    return graph(batch, lambda names: self.weights(names, self.global_step))
+                return self._in_parts(batch)
+            except torch.OutOfMemoryError:
+                if self.parts >= len(batch[0]):
+                    raise
+            self.parts, self.graph = 2 * self.parts, None  # out of the exception, which holds on to the memory
+            torch.cuda.empty_cache()
+
+    def _captured(self, batch: Batch) -> bool:
+        """Whether there is a CUDA graph for the batch; captures it from the first."""
+        wanted = self.cuda_graph and batch[0].is_cuda and self.parts == self.trainer.accumulate_grad_batches == 1
+        if wanted and self.graph is None:
             self.graph = LossGraph(self.model, self._losses, batch)
-        if safe and self.graph is not None and self.graph.takes(batch):
-            return self.graph(batch, lambda names: self.weights(names, step))
-        losses = self._losses(*batch)
-        return self.total_loss(losses, step), losses
+        return wanted and self.graph is not None and self.graph.takes(batch)
+
+    def _in_parts(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean of total and losses over the parts of a batch, with its gradient."""
+        accumulated = self.trainer.accumulate_grad_batches
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        before = [parameter.grad if accumulated > 1 else None for parameter in parameters]
+        self.model.zero_grad()
+        total, means = torch.zeros((), device=batch[0].device), dict[str, Tensor]()
+        try:
+            for part in zip(*(v.chunk(self.parts) for v in batch), strict=True):
+                share = len(part[0]) / len(batch[0])
+                losses = self._losses(*part)
+                loss = share * self.total_loss(losses, self.global_step)
+                with torch.autocast(loss.device.type, enabled=False):  # as a backward pass outside of a step
+                    (loss / accumulated).backward()
+                total = total + loss.detach()
+                means = {name: share * value.detach() + means.get(name, 0) for name, value in losses.items()}
+            gradients = [parameter.grad for parameter in parameters]
+        finally:
+            for parameter, gradient in zip(parameters, before, strict=True):
+                parameter.grad = gradient
+        return with_gradients(total, parameters, gradients), means
 
     def total_loss(self, losses: dict[str, Tensor], step: int | None = None) -> Tensor:
         """The weighted sum, with the weights of that training step, or their final ones."""
         weights = self.weights(list(losses), step)
         return torch.stack([weight * loss for weight, loss in zip(weights, losses.values(), strict=True)]).sum()
 
-    def check_finite(self, total: Tensor, losses: dict[str, Tensor]) -> None:
-        """Refuse to go on with a loss that is no number; on a GPU at the next step, since to look now would be to wait.
+    def check_last_step(self) -> None:
+        """Wait for the last step on a GPU, if nobody has looked at it yet.
 
         Raises:
-            DivergenceError: names the loss and the step.
+            DivergenceError: a loss or a gradient was not finite.
         """
-        if not total.is_cuda:
-            self._refuse(bool(torch.isfinite(total)), total, losses, self.global_step)
-            return
         if self.unchecked is not None:
-            finite, copied, *told = self.unchecked
+            (step, copied), self.unchecked = self.unchecked, None
             copied.synchronize()
-            self._refuse(bool(finite), *told)
-        finite = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(torch.isfinite(total), non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-        self.unchecked = finite, copied, total.detach(), losses, self.global_step
+            if not math.isfinite(step.number):
+                raise _divergence(step, self.model)
 
-    def _refuse(self, finite: bool, total: Tensor, losses: dict[str, Tensor], step: int) -> None:
-        if not finite:
-            culprit = next((name for name, loss in losses.items() if not torch.isfinite(loss)), "sum")
+    def _check(self, parameters: list[nn.Parameter], norms: Tensor, norm: Tensor) -> None:
+        """Of the step that is about to be made; or, on a GPU, of the one before."""
+        seen, self.seen = self.seen, []
+        numbers = [total for _, total, _ in seen]
+        if self.trainer.precision != "16-mixed":  # whose scaler tries how far it can go, and leaves out such steps itself
+            numbers.append(norm)
+        number = torch.stack(numbers).sum()
+        step = Step(number, parameters, norms, seen, self.global_step)
+        if number.is_cuda and self.on_nan == "stop":
+            self.check_last_step()
+            number = torch.empty((), dtype=number.dtype, pin_memory=True).copy_(number, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+            self.unchecked = step._replace(number=number), copied
+        elif math.isfinite(number):
+            self.skipped_in_a_row = 0
+        else:
+            self._skip(_divergence(step, self.model))
+
+    def _skip(self, error: DivergenceError) -> None:
+        """Leave the update out."""
+        if self.on_nan == "stop":
+            raise error
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        self.why_skipped = str(error).split(". ")[0]
+        if self.skipped_in_a_row > MOST_SKIPPED:
             raise DivergenceError(
-                f"the {culprit} loss is {float(losses.get(culprit, total))} at step {step}. The last checkpoint "
-                "is from before; try a smaller lr or ssm_lr, more warmup_steps, or trainer.gradient_clip_val 1.0."
+                f"{self.skipped_in_a_row} steps in a row were left out; of the last, {error}", error.batches
             )
+        self.zero_grad()  # AdamW leaves alone what has no gradient
+        for buffer, before in zip(self.model.buffers(), self.buffers_before, strict=True):
+            buffer.copy_(before)
+
+
+def _divergence(step: Step, model: nn.Module) -> DivergenceError:
+    """Says what is not finite: the first such loss, or the gradient that is nearest to the loss."""
+    batches = [batch for batch, _, _ in step.seen]
+    for batch, total, losses in step.seen:
+        if not torch.isfinite(total):
+            name, loss = next(((n, v) for n, v in losses.items() if not torch.isfinite(v)), ("sum", total))
+            what, batches = f"the {name} loss is {float(loss)}", [batch]
+            break
+    else:
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        what = f"the norm of the gradient is {float(torch.linalg.vector_norm(step.norms))}"
+        bad = torch.isfinite(step.norms).logical_not().nonzero().flatten().tolist()
+        if bad:  # a backward pass comes from the end: what is before it may only have caught it
+            others = f" (and of {len(bad) - 1} before it)" if len(bad) > 1 else ""
+            what = f"the gradient of {names[id(step.parameters[bad[-1]])]}{others} is {float(step.norms[bad[-1]])}"
+    given = "" if all(torch.isfinite(part).all() for batch in batches for part in batch) else ", and so is its batch"
+    return DivergenceError(f"{what} at step {step.step}{given}. {ADVICE}", batches)

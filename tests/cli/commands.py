@@ -3,9 +3,13 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import soundfile
 
-from s4audio.cli import main
+from s4audio.cli import fit_audio, fit_images, main
+from s4audio.cli.run_page import PAGE
+from s4audio.files import replacing
+from s4audio.tasks import GenerativeTask
 
 ROOT = Path(__file__).parents[2]
 RECIPE = str(ROOT / "recipes" / "debug.yaml")
@@ -31,3 +35,16 @@ def limit_files(size: int) -> None:
     import resource  # Unix only
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def without_pictures(patch: pytest.MonkeyPatch) -> None:
+    """Trainings draw nothing, which takes most of the time of a short one."""
+
+    def finish(out: Path, data: object) -> list[str]:
+        with replacing(out / PAGE) as file:
+            file.write(b"a page")
+        return []
+
+    patch.setattr(GenerativeTask, "_show", lambda *_: None)
+    patch.setattr(fit_audio, "finish", finish)
+    patch.setattr(fit_images, "finish", finish)

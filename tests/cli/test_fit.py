@@ -1,7 +1,9 @@
 """Training by a recipe: reproducible, resumable, and clear when something is wrong."""
 
 import json
+import os
 import re
+import signal
 import types
 from pathlib import Path
 
@@ -15,7 +17,14 @@ from s4audio.checkpoint import read_config
 from s4audio.cli import main
 from s4audio.tasks import DivergenceError, GenerativeTask
 from s4audio.tasks.callbacks import RunFolder
-from tests.cli.commands import RECIPE, ROOT, fit, refused
+from tests.cli.commands import RECIPE, ROOT, fit, refused, without_pictures
+
+
+@pytest.fixture
+def no_pictures():
+    with pytest.MonkeyPatch.context() as patch:
+        without_pictures(patch)
+        yield
 
 
 def weights(out: Path) -> bytes:
@@ -67,6 +76,7 @@ class Crash(lightning.Callback):
             raise RuntimeError("crash")
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("options", [[], ["--trainer.accumulate_grad_batches", "3"]], ids=["plain", "accumulated"])
 def test_a_crashed_run_goes_on_from_its_last_checkpoint(folder, tmp_path, monkeypatch, options):
@@ -82,29 +92,60 @@ def test_a_crashed_run_goes_on_from_its_last_checkpoint(folder, tmp_path, monkey
 
 
 class Interrupt(lightning.Callback):
-    """Ctrl-C after so many batches."""
+    """Ctrl-C in the middle of a step, once or twice."""
 
-    def __init__(self, at_batch: int) -> None:
-        self.at_batch = at_batch
+    def __init__(self, at_step: int, times: int = 1) -> None:
+        self.at_step, self.times = at_step, times
 
-    def on_train_batch_end(self, trainer, *_) -> None:
-        if trainer.fit_loop.epoch_loop.total_batch_idx + 1 == self.at_batch:
-            raise KeyboardInterrupt
+    def on_before_optimizer_step(self, trainer, *_) -> None:
+        if trainer.global_step + 1 == self.at_step:
+            for _ in range(self.times):
+                os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_ctrl_c_saves_and_the_same_command_goes_on_as_if_nothing_had_been(folder, tmp_path, monkeypatch, capsys):
-    options = ["--steps", "6", "--trainer.val_check_interval", "2", "--save_every", "100"]
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_ctrl_c_saves_and_the_same_command_goes_on_as_if_nothing_had_been(
+    folder, tmp_path, monkeypatch, capsys, accumulated
+):
+    """Also in front of a validation, and between the batches of a step."""
+    every = ["--trainer.val_check_interval", str(2 * accumulated), "--trainer.accumulate_grad_batches", str(accumulated)]
+    options = ["--steps", "6", *every, "--save_every", "100"]
     assert fit(folder, tmp_path / "whole", *options) == 0
-    monkeypatch.setattr(lightning.Trainer, "fit", with_callback(Interrupt(3)))
-    with pytest.raises(SystemExit) as caught:
-        fit(folder, tmp_path / "stopped", *options)
-    monkeypatch.undo()
-    assert caught.value.code == 130 and "stopped at step 3 and saved" in capsys.readouterr().out
-    assert fit(folder, tmp_path / "stopped", *options) == 0
-    assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
-    told = capsys.readouterr().out
-    assert "holds a run of 3 steps" in told and "step 4: held out" in told and "step 6: held out" in told
+    for step in (3, 4):
+        capsys.readouterr()
+        monkeypatch.setattr(lightning.Trainer, "fit", with_callback(Interrupt(step)))
+        with pytest.raises(SystemExit) as caught:
+            fit(folder, tmp_path / f"stopped{step}", *options)
+        monkeypatch.undo()
+        told = capsys.readouterr().out
+        assert caught.value.code == 130 and f"stopped, and saved {tmp_path}/stopped{step}/last of step {step}" in told
+        assert ("step 4: held out" in told) == (step == 4)
+        assert fit(folder, tmp_path / f"stopped{step}", *options) == 0
+        assert weights(tmp_path / f"stopped{step}") == weights(tmp_path / "whole")
+        told = capsys.readouterr().out
+        assert f"holds a run of {step} steps" in told and "step 6: held out" in told
+        assert ("step 4: held out" in told) == (step == 3)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_second_ctrl_c_does_not_wait_and_saves_nothing_half_done(folder, tmp_path, monkeypatch, capsys):
+    options = ["--steps", "6", "--save_every", "2"]
+    for step, told in (
+        (2, "stopped before anything was saved; the same command begins anew"),
+        (4, "last of step 2; the same"),
+    ):
+        monkeypatch.setattr(lightning.Trainer, "fit", with_callback(Interrupt(step, times=2)))
+        with pytest.raises(SystemExit):
+            fit(folder, tmp_path / "run", *options)
+        monkeypatch.undo()
+        assert told in capsys.readouterr().out
+    assert fit(folder, tmp_path / "run", *options) == 0
+    assert fit(folder, tmp_path / "whole", *options) == 0
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
 
 
 def with_callback(callback: lightning.Callback):
@@ -123,12 +164,15 @@ def test_the_best_model_survives_a_resume_from_before_it(tmp_path):
     save(model, out / "best", training={"scores": {"valid/loss": 1.0}})
     keeper = RunFolder(out, 10, {})
     trainer = types.SimpleNamespace(
-        global_step=10, sanity_checking=False, callback_metrics={"valid/loss": torch.tensor(2.0)},
+        global_step=10, sanity_checking=False, callback_metrics={"valid/loss": torch.tensor(2.0)}, accumulate_grad_batches=1,
         strategy=types.SimpleNamespace(root_device=torch.device("cpu")),
+        fit_loop=types.SimpleNamespace(epoch_loop=types.SimpleNamespace(total_batch_idx=9)),
     )  # fmt: skip
-    task = types.SimpleNamespace(scored_model=model, best_score="valid/loss", higher_is_better=False)
+    task = types.SimpleNamespace(
+        scored_model=model, best_score="valid/loss", higher_is_better=False, check_last_step=lambda: None
+    )
     keeper.on_train_start(trainer, task)
-    keeper.saved_at = 0
+    keeper.on_exception(trainer, task, RuntimeError())
     keeper.on_validation_end(trainer, task)
     assert read_config(out / "best")["training"]["scores"] == {"valid/loss": 1.0}
     trainer.callback_metrics = {"valid/loss": torch.tensor(0.5)}
@@ -140,8 +184,10 @@ def test_weights_that_are_not_numbers_are_not_saved(tmp_path):
     model = S4DAutoencoder(3000)
     with torch.no_grad():
         model.outer.D.fill_(float("nan"))
+    trainer = types.SimpleNamespace(global_step=5, loggers=[])
+    task = types.SimpleNamespace(scored_model=model, check_last_step=lambda: None)
     with pytest.raises(DivergenceError, match="weights are no longer finite numbers at step 5"):
-        RunFolder(tmp_path, 10, {})._save(types.SimpleNamespace(global_step=5), types.SimpleNamespace(model=model))
+        RunFolder(tmp_path, 10, {})._save(trainer, task)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -217,10 +263,7 @@ def test_wrong_recipes_end_in_a_sentence_and_status_2(capsys, folder, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_divergence_stops_with_the_step_and_the_term():
-    task = GenerativeTask(S4DAutoencoder(3000))
-    with pytest.raises(DivergenceError, match=r"the mse loss is nan at step 0.*try a smaller lr"):
-        task.check_finite(torch.tensor(float("nan")), {"mse": torch.tensor(float("nan"))})
+def test_a_loss_weight_without_its_loss_is_refused():
     with pytest.raises(ValueError, match=r"loss_weights names \['stft'\], but the model has the losses \['mse'\]"):
         GenerativeTask(S4DAutoencoder(3000), loss_weights={"stft": 1.0}).total_loss({"mse": torch.tensor(1.0)})
 

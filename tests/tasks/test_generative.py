@@ -1,5 +1,6 @@
 """Loss weights of the generative task, and their warm-up."""
 
+import lightning
 import pytest
 import torch
 
@@ -27,8 +28,9 @@ def test_a_loss_that_does_not_exist_is_refused(argument):
 
 
 @pytest.mark.parametrize("algorithm, size", [("norm", lambda g: g.norm()), ("value", lambda g: g.abs().max()), (None, None)])
-def test_gradients_are_clipped_by_their_norm_or_their_values(algorithm, size):
+def test_gradients_are_clipped_by_their_norm_or_their_values(algorithm, size, monkeypatch):
     clipping = task()
+    monkeypatch.setattr(clipping, "_trainer", lightning.Trainer(logger=False, accelerator="cpu"))
     for parameter in clipping.model.parameters():
         parameter.grad = torch.full_like(parameter, 3.0)
     clipping.configure_gradient_clipping(None, 0.5 if algorithm else None, algorithm)

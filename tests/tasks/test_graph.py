@@ -121,7 +121,7 @@ def test_gpu_the_graph_holds_a_compiled_model_in_bfloat16(captured):
 def test_gpu_a_loss_that_is_no_number_ends_the_training_at_the_next_step():
     batches = [(torch.rand(8, 3, 256), torch.arange(8)) for _ in range(6)]
     batches[3][0][0, 0, 0] = float("nan")
-    with pytest.raises(DivergenceError, match="the cross_entropy loss is nan at step 3"):
+    with pytest.raises(DivergenceError, match="the cross_entropy loss is nan at step 3, and so is its batch"):
         train(classifying(0), torch.utils.data.DataLoader(batches, batch_size=None), 6)
 
 
