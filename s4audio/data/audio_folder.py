@@ -26,7 +26,8 @@ class AudioFolder(lightning.LightningDataModule):
     16 kHz. A cache can be deleted at any time.
 
     Training clips are a stream without end: clip number k is a file and a place drawn from (seed, k) alone, so that a run
-    that stops and goes on sees what it would have seen. Validation clips are fixed windows, side by side.
+    that stops and goes on sees what it would have seen. Where several devices train, each takes its share of every step's
+    clips: two with batches of 8 see what one with batches of 16 sees. Validation clips are fixed windows, side by side.
 
     Args:
         train: folder (or one file) to train on.
@@ -35,7 +36,7 @@ class AudioFolder(lightning.LightningDataModule):
         valid_fraction: share of the training files, or of the only one, that is split off if `valid` is None.
         clip_seconds: length of a clip, drawn at a random place of the file; a shorter file is padded with zeros at its end,
             never dropped. None takes whole files, each batch padded to its longest.
-        batch_size: clips in a batch.
+        batch_size: clips in a batch, of each device.
         normalize: `none`, or `peak`: every file to a peak of full scale.
         seed: of the split and of the clips.
         num_workers: processes that prepare batches; the clips are mapped, so 0 does.
@@ -108,19 +109,20 @@ class AudioFolder(lightning.LightningDataModule):
         }  # fmt: skip
 
     def train_dataloader(self) -> DataLoader:
-        """Batches (B, 1, T) without end, from where the trainer stands."""
+        """Batches (B, 1, T) without end, from where the trainer stands; where several devices train, this one's share."""
         clips = _TrainingClips(self.train_clips, self.clip_samples, self.seed)
-        return self._loader(clips, sampler=_From(self._position))
+        return self._loader(clips, sampler=_Share(self._position, self.batch_size))
 
     def val_dataloader(self) -> DataLoader:
         """The windows of every validation file, always the same."""
         return self._loader([clip for audio in self.valid_clips for clip in windows(audio, self.clip_samples)])
 
     def _position(self) -> int:
-        """How many clips the trainer has used."""
+        """How many clips the trainer has used, on all devices."""
         if self.trainer is None:
             return 0
-        return self.trainer.global_step * self.trainer.accumulate_grad_batches * self.batch_size
+        _, devices = rank_and_devices()
+        return self.trainer.global_step * self.trainer.accumulate_grad_batches * self.batch_size * devices
 
     def _loader(self, clips: Any, sampler: Sampler[int] | None = None) -> DataLoader:
         return DataLoader(
@@ -202,14 +204,22 @@ class _TrainingClips(Dataset):
         return cut(audio, math.floor(places[position] * (room + 1)), self.clip_samples)
 
 
-class _From(Sampler[int]):
-    """start(), start() + 1, … without end; asked anew by each iterator."""
+class _Share(Sampler[int]):
+    """start(), start() + 1, … without end, asked anew by each iterator; of several devices each takes a batch in turn."""
 
-    def __init__(self, start: Callable[[], int]) -> None:
-        self.start = start
+    def __init__(self, start: Callable[[], int], batch_size: int) -> None:
+        self.start, self.batch_size = start, batch_size
 
     def __iter__(self) -> Iterator[int]:
-        return itertools.count(self.start())
+        start, (rank, devices) = self.start(), rank_and_devices()
+        for batch in itertools.count(rank, devices):
+            yield from range(start + batch * self.batch_size, start + (batch + 1) * self.batch_size)
+
+
+def rank_and_devices() -> tuple[int, int]:
+    """Which of how many processes of a training this is."""
+    started = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if started else (0, 1)
 
 
 def windows(audio: Tensor, clip_samples: int | None) -> list[Tensor]:

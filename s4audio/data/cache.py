@@ -283,8 +283,9 @@ def _checked_map(home: Path, shard: str, stamp: Stamp) -> np.ndarray | None:
 
 def _is_right(entry: Entry, shards: Shards) -> bool:
     """Whether an entry has the right types, and what it speaks of is there."""
-    texts, numbers = (entry.sha256 or "", entry.suffix, entry.shard, entry.skipped), (entry.start, entry.length)
-    if not all(isinstance(text, str) for text in texts) or not all(isinstance(number, int) for number in numbers):
+    texts = all(isinstance(text, str) for text in (entry.suffix, entry.shard, entry.skipped))
+    numbers = all(isinstance(number, int) for number in (entry.start, entry.length))
+    if not texts or not numbers or not isinstance(entry.sha256, str | None):
         return False
     if not entry.shard:
         return bool(entry.skipped)

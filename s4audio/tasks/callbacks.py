@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
@@ -60,17 +61,17 @@ class RunFolder(lightning.Callback):
         if not trainer.sanity_checking and better:
             self.best = score
             _refuse_not_finite(task.scored_model, trainer.global_step)
-            checkpoint.save(task.scored_model, self.out / "best", self._record(trainer))
+            self._save_model(trainer, task.scored_model, "best")
         if not trainer.sanity_checking and self.saved_at == trainer.global_step:  # saved before this validation
             self._save(trainer, task)
 
     def on_train_end(self, trainer: lightning.Trainer, task: Any) -> None:
         self._save(trainer, task)
         if self.best is None:  # never validated
-            checkpoint.save(task.scored_model, self.out / "best", self._record(trainer))
+            self._save_model(trainer, task.scored_model, "best")
 
     def on_exception(self, trainer: lightning.Trainer, task: Any, exception: BaseException) -> None:
-        if isinstance(exception, KeyboardInterrupt):
+        if isinstance(exception, KeyboardInterrupt) and trainer.world_size == 1:  # several may be in the middle of a step
             self._save(trainer, task)
 
     def state_dict(self) -> dict[str, Any]:
@@ -84,16 +85,23 @@ class RunFolder(lightning.Callback):
     def _save(self, trainer: lightning.Trainer, task: Any) -> None:
         _refuse_not_finite(task.model, trainer.global_step)
         self.saved_at = trainer.global_step
-        checkpoint.save(task.scored_model, self.out / "last", self._record(trainer))
+        self._save_model(trainer, task.scored_model, "last")
         path, temporary = self.out / TRAINER_CHECKPOINT, self.out / f".{TRAINER_CHECKPOINT}"
         try:
-            trainer.save_checkpoint(temporary)
-            os.replace(temporary, path)
+            trainer.save_checkpoint(temporary)  # all devices take part in it
+            if trainer.is_global_zero:
+                os.replace(temporary, path)
         except OSError as error:
             error.filename = str(path)
             raise
         finally:
-            temporary.unlink(missing_ok=True)
+            if trainer.is_global_zero:
+                temporary.unlink(missing_ok=True)
+
+    @rank_zero_only
+    def _save_model(self, trainer: lightning.Trainer, model: nn.Module, name: str) -> None:
+        """Of several devices, all with the same weights, the first one writes."""
+        checkpoint.save(model, self.out / name, self._record(trainer))
 
     def _seconds(self) -> float:
         return self.seconds + time.monotonic() - self.started

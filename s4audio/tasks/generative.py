@@ -62,9 +62,9 @@ class GenerativeTask(TrainingTask):
         """One batch of clips (B, 1, T)."""
         total, losses = self.total_and_losses(batch)
         kept = {name: loss.detach().clone() for name, loss in losses.items()}
-        self.check_finite(total, kept)
+        kept = self.mean_over_devices({**kept, "loss": total.detach()})
+        self.check_finite(kept["loss"], kept)
         self.log_dict({f"train/{name}": loss for name, loss in kept.items()})
-        self.log("train/loss", total.detach())
         return total
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:

@@ -119,6 +119,14 @@ class TrainingTask(lightning.LightningModule):
         weights = self.weights(list(losses), step)
         return torch.stack([weight * loss for weight, loss in zip(weights, losses.values(), strict=True)]).sum()
 
+    def mean_over_devices(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The losses of the whole step where several devices share its batch; each device gets the same."""
+        if self.trainer.world_size == 1:
+            return losses
+        stacked = torch.stack([loss.detach().float() for loss in losses.values()])
+        means: Any = self.trainer.strategy.reduce(stacked, reduce_op="mean")
+        return dict(zip(losses, means.unbind(), strict=True))
+
     def check_finite(self, total: Tensor, losses: dict[str, Tensor]) -> None:
         """Refuse to go on with a loss that is no number; on a GPU at the next step, since to look now would be to wait.
 
