@@ -51,6 +51,7 @@ ONLY_IN = {  # who may import these packages
     "argparse": {"cli"},
     "rich": {"tasks", "cli"},
     "PIL": {"data"},
+    "litdata": {"data"},
     "torchvision": {"data"},
 }
 

@@ -75,6 +75,7 @@ class AudioFolder(lightning.LightningDataModule):
         self.clip_samples = None if clip_seconds is None else max(1, round(clip_seconds * sample_rate))
         self.train_clips: list[Tensor] = []
         self.valid_clips: list[Tensor] = []
+        self.train_names: list[str] = []
         self.valid_names: list[str] = []
         self.skipped: list[str] = []
         self.caches: list[Path] = []  # the folders in the cache that are in use
@@ -95,7 +96,7 @@ class AudioFolder(lightning.LightningDataModule):
             kept = max(1, round((1 - self.valid_fraction) * audio.shape[-1]))
             train, valid = {name: audio[..., :kept]}, {f"the end of {name}": audio[..., kept:]}
         self.train_clips, self.valid_clips = list(train.values()), list(valid.values())
-        self.valid_names = list(valid)
+        self.train_names, self.valid_names = list(train), list(valid)
 
     def describe(self) -> dict[str, object]:
         """What was read, for people and for config.json; seconds are after resampling."""
@@ -111,18 +112,11 @@ class AudioFolder(lightning.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Batches (B, 1, T) without end, from where the trainer stands; where several devices train, this one's share."""
         clips = _TrainingClips(self.train_clips, self.clip_samples, self.seed)
-        return self._loader(clips, sampler=_Share(self._position, self.batch_size))
+        return self._loader(clips, sampler=Share(lambda: position(self), self.batch_size))
 
     def val_dataloader(self) -> DataLoader:
         """The windows of every validation file, always the same."""
         return self._loader([clip for audio in self.valid_clips for clip in windows(audio, self.clip_samples)])
-
-    def _position(self) -> int:
-        """How many clips the trainer has used, on all devices."""
-        if self.trainer is None:
-            return 0
-        _, devices = rank_and_devices()
-        return self.trainer.global_step * self.trainer.accumulate_grad_batches * self.batch_size * devices
 
     def _loader(self, clips: Any, sampler: Sampler[int] | None = None) -> DataLoader:
         return DataLoader(
@@ -188,23 +182,29 @@ def pad_batch(clips: list[Tensor]) -> Tensor:
 
 
 class _TrainingClips(Dataset):
-    """Clip k of a stream without end: every file once in each pass, in an order and at a place drawn from (seed, pass)."""
+    """Clip k of a stream without end: every file once in each pass, in an order and at a place drawn from (seed, pass).
 
-    def __init__(self, files: list[Tensor], clip_samples: int | None, seed: int) -> None:
+    The files are tensors (1, T) by number.
+    """
+
+    def __init__(self, files: Any, clip_samples: int | None, seed: int) -> None:
         self.files, self.clip_samples, self.seed = files, clip_samples, seed
+        self.drawn: tuple[int, np.ndarray, np.ndarray] | None = None  # the last pass, which takes a while with many files
 
     def __getitem__(self, index: int) -> Tensor:
-        passes, position = divmod(index, len(self.files))
-        generator = np.random.default_rng([self.seed, 1, passes])
-        order, places = generator.permutation(len(self.files)), generator.random(len(self.files))
-        audio = self.files[order[position]]
+        passes, number = divmod(index, len(self.files))
+        if self.drawn is None or self.drawn[0] != passes:
+            generator = np.random.default_rng([self.seed, 1, passes])
+            self.drawn = passes, generator.permutation(len(self.files)), generator.random(len(self.files))
+        _, order, places = self.drawn
+        audio = self.files[order[number]]
         if self.clip_samples is None:
             return audio
         room = max(0, audio.shape[-1] - self.clip_samples)
-        return cut(audio, math.floor(places[position] * (room + 1)), self.clip_samples)
+        return cut(audio, math.floor(places[number] * (room + 1)), self.clip_samples)
 
 
-class _Share(Sampler[int]):
+class Share(Sampler[int]):
     """start(), start() + 1, … without end, asked anew by each iterator; of several devices each takes a batch in turn."""
 
     def __init__(self, start: Callable[[], int], batch_size: int) -> None:
@@ -214,6 +214,14 @@ class _Share(Sampler[int]):
         start, (rank, devices) = self.start(), rank_and_devices()
         for batch in itertools.count(rank, devices):
             yield from range(start + batch * self.batch_size, start + (batch + 1) * self.batch_size)
+
+
+def position(data: Any) -> int:
+    """How many clips the trainer of a data module has used, on all devices."""
+    if data.trainer is None:
+        return 0
+    _, devices = rank_and_devices()
+    return data.trainer.global_step * data.trainer.accumulate_grad_batches * data.batch_size * devices
 
 
 def rank_and_devices() -> tuple[int, int]:
