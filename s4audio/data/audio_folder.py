@@ -178,7 +178,7 @@ def split_files(files: dict[str, Tensor], valid_fraction: float, seed: int) -> t
 def pad_batch(clips: list[Tensor]) -> Tensor:
     """(B, 1, T) from clips (1, ...), with T the longest one's length; zeros at the end of the others."""
     longest = max(clip.shape[-1] for clip in clips)
-    return torch.stack([torch.nn.functional.pad(clip, (0, longest - clip.shape[-1])) for clip in clips])
+    return torch.stack([_pad(clip, longest) for clip in clips])
 
 
 class _TrainingClips(Dataset):
@@ -242,6 +242,10 @@ def windows(audio: Tensor, clip_samples: int | None) -> list[Tensor]:
 
 
 def cut(audio: Tensor, start: int, clip_samples: int) -> Tensor:
-    """clip_samples from `start` on, with zeros after the file's end."""
-    piece = audio[..., start : start + clip_samples]
-    return torch.nn.functional.pad(piece, (0, clip_samples - piece.shape[-1]))
+    """clip_samples from `start` on, with zeros after the file's end; a view of the file where that is all of it."""
+    return _pad(audio[..., start : start + clip_samples], clip_samples)
+
+
+def _pad(clip: Tensor, length: int) -> Tensor:
+    missing = length - clip.shape[-1]
+    return torch.nn.functional.pad(clip, (0, missing)) if missing else clip
