@@ -236,6 +236,23 @@ def test_a_short_run_is_scored_and_short_options_are_understood(folder, tmp_path
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+def test_recordings_come_from_a_cache_that_may_move_be_deleted_or_be_damaged(folder, tmp_path, capsys):
+    options = ["--trainer.limit_val_batches", "0", "--data.init_args.cache"]
+    assert fit(folder, tmp_path / "run", "--steps", "1", *options, str(tmp_path / "cache")) == 0
+    (home,) = (tmp_path / "cache").iterdir()
+    megabytes = sum(path.stat().st_size for path in home.iterdir()) / 1e6
+    said = f"cache: {megabytes:.1f} MB of the {megabytes:.1f} MB in {tmp_path / 'cache'}; it can be deleted at any time"
+    assert said in capsys.readouterr().out
+    (home / "manifest.json").write_bytes(b"junk")
+    assert fit(folder, tmp_path / "run", "--steps", "2", *options, str(tmp_path / "cache")) == 0
+    said = capsys.readouterr().out
+    assert "manifest.json was damaged; everything is decoded again" in said and "going on from there to 2" in said
+    assert fit(folder, tmp_path / "run", "--steps", "3", *options, str(tmp_path / "elsewhere")) == 0
+    inside = ["fit", "--config", RECIPE, "--train", str(folder), "--data.init_args.cache", str(folder / "cache")]
+    assert "is inside of" in refused(capsys, *inside, "--out", str(tmp_path / "other"))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_vae_trains_and_says_that_it_has_collapsed(folder, tmp_path, capsys):
     recipe = str(ROOT / "recipes" / "vae_classical.yaml")
     small = ["--model.init_args.model.init_args.widths", "[4,8,8,8]", "--model.init_args.loss_weights.kl", "1000"]
