@@ -318,6 +318,8 @@ def _stamp_of_shard(path: Path) -> Stamp:
 
 
 def _digest(file: Path) -> str | None:
+    if not file.is_file():  # a pipe would wait for somebody to write
+        return None
     try:
         with open(file, "rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()

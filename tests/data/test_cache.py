@@ -152,6 +152,14 @@ def test_a_file_that_grows_while_it_is_read_is_read_again_at_the_next_start(plac
     assert asked == ["0.wav"] and same(found, place.truth())
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with a name are a Unix thing")
+def test_a_pipe_is_not_waited_for(place):
+    os.mkfifo(place.source / "pipe.wav")
+    files = [place.source / "pipe.wav", place.source / "sub0" / "0.wav"]
+    (pipe, samples), *_ = cached(place.source, files, {}, Reader(), place.cache)
+    assert "pipe.wav" in pipe and not isinstance(samples, str)
+
+
 def test_other_settings_have_a_cache_of_their_own(place):
     _, home, *_ = place.read()
     _, other, _ = cached(place.source, find_audio(place.source), {"rate": 500}, Reader(), place.cache)
