@@ -87,10 +87,9 @@ def settled(monkeypatch) -> None:
 def test_samples_and_sentences_are_the_decoders_and_the_next_start_decodes_nothing(place, settled):
     found, home, notes, asked = place.read()
     assert same(found, place.truth()) and len(asked) == 8 and notes == []
-    assert [entry for entry in found if isinstance(entry, str)] == [
-        f"{place.source / 'broken.wav'} cannot be read as audio (Error opening '{place.source / 'broken.wav'}': Format not "
-        "recognised.).", f"{place.source / 'silent.wav'} is silent.",
-    ]  # fmt: skip
+    broken, silent = (entry for entry in found if isinstance(entry, str))
+    assert broken.startswith(f"{place.source / 'broken.wav'} cannot be read as audio (")
+    assert silent == f"{place.source / 'silent.wav'} is silent."
     assert {path.name for path in home.parent.iterdir()} == {home.name}
     shards = [path for path in home.iterdir() if path.name != "manifest.json"]
     held = sum(entry.numel() for entry in found if isinstance(entry, torch.Tensor))
