@@ -318,9 +318,9 @@ def _stamp_of_shard(path: Path) -> Stamp:
 
 
 def _digest(file: Path) -> str | None:
-    if not file.is_file():  # a pipe would wait for somebody to write
-        return None
     try:
+        if not file.is_file():  # a pipe would wait for somebody to write
+            return None
         with open(file, "rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError:
