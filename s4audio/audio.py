@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -300,6 +301,12 @@ def decoders() -> tuple[str, list[str]]:
     if shutil.which("ffmpeg"):  # what librosa's own fallback calls
         formats.append("M4A")
     return f"libsndfile {soundfile.__libsndfile_version__} through soundfile {soundfile.__version__}", formats
+
+
+def readers() -> str:
+    """All that `read_audio` reads and resamples with, and its versions: the same has the same samples of the same file."""
+    library, formats = decoders()
+    return f"{library}, librosa {version('librosa')}; {', '.join(formats)}; {RESAMPLER}, {version('soxr')}"
 
 
 def normalize(audio: Tensor, how: str) -> Tensor:

@@ -41,8 +41,8 @@ def magnitude(audio: Tensor, n_fft: int, hop_length: int | None = None) -> Tenso
 def multi_resolution_stft(estimate: Tensor, reference: Tensor, sizes: Sequence[int] = STFT_SIZES) -> Tensor:
     """Spectral convergence plus mean absolute log-magnitude difference (natural log), averaged over window sizes.
 
-    Spectral convergence is ||S_ref - S_est|| / ||S_ref|| over the whole batch, with ||S_ref|| at least that of magnitudes of
-    0.01, so that silence cannot blow it up.
+    Spectral convergence is ||S_ref - S_est|| / ||S_ref|| over the whole batch, in training over that of all devices, with
+    ||S_ref|| at least that of magnitudes of 0.01, so that silence cannot blow it up.
 
     Source: Yamamoto et al. 2020, "Parallel WaveGAN", equations 4 to 6; the sizes are ours.
     """
@@ -51,9 +51,19 @@ def multi_resolution_stft(estimate: Tensor, reference: Tensor, sizes: Sequence[i
     for n_fft in sizes:
         S_est, S_ref = magnitude(estimate, n_fft), magnitude(reference, n_fft)
         floor = 0.01 * S_ref.numel() ** 0.5
-        convergence = torch.linalg.vector_norm(S_ref - S_est) / torch.linalg.vector_norm(S_ref).clamp_min(floor)
+        error, size = torch.linalg.vector_norm(S_ref - S_est), torch.linalg.vector_norm(S_ref)
+        if estimate.requires_grad and torch.distributed.is_available() and torch.distributed.is_initialized():
+            error, size, floor = norms_over_devices(torch.stack([error, size, size.new_tensor(floor)]))
+        convergence = error / size.clamp_min(floor)
         terms.append(convergence + F.l1_loss(S_est.log(), S_ref.log()))
     return torch.stack(terms).mean()
+
+
+def norms_over_devices(norms: Tensor) -> Tensor:
+    """Euclidean norms of what the devices that train together hold, from those of each one's share; with gradients."""
+    from torch.distributed.nn.functional import all_reduce
+
+    return all_reduce(norms.square()).sqrt()
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": mse, "l1": l1, "stft": multi_resolution_stft}

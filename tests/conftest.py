@@ -52,6 +52,12 @@ if not torch.cuda.is_available() and find_spec("triton"):
     interpreter._convert_float = convert_to_nearest
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory) -> None:
+    """Tests and the programs that they start leave the user's own cache alone."""
+    os.environ["S4AUDIO_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -203,7 +204,9 @@ def run_as_nobody(code: str, folder: Path) -> subprocess.CompletedProcess:
         "from s4audio.cli import main\nfrom s4audio.data import AudioFolder\n"
         f"if os.geteuid() == 0: os.setgid({NOBODY}); os.setuid({NOBODY})\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, "-c", imports + code], cwd=folder, env=environment, capture_output=True, text=True
-    )
+    with tempfile.TemporaryDirectory() as cache:
+        os.chmod(cache, 0o777)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "S4AUDIO_CACHE": cache}
+        return subprocess.run(
+            [sys.executable, "-c", imports + code], cwd=folder, env=environment, capture_output=True, text=True
+        )

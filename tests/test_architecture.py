@@ -17,7 +17,7 @@ SEES = {  # what each part may import of this package
     "layers": {"ssm"},
     "models": {"ssm", "layers", "losses"},
     "metrics": {"audio", "losses", "__version__"},
-    "data": {"audio"},
+    "data": {"files", "audio"},
     "report": {"files", "audio", "losses"},
     "checkpoint": {"files", "models", "metrics"},
     "tasks": {"files", "audio", "losses", "layers", "models", "metrics", "checkpoint", "report"},
@@ -51,6 +51,7 @@ ONLY_IN = {  # who may import these packages
     "argparse": {"cli"},
     "rich": {"tasks", "cli"},
     "PIL": {"data"},
+    "litdata": {"data"},
     "torchvision": {"data"},
 }
 

@@ -92,6 +92,21 @@ def test_tables_of_the_readme_are_those_of_the_results():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
+def test_the_loader_and_several_devices_are_measured(tmp_path):
+    small, path = ["--recipe", "recipes/debug.yaml", "--files", "4", "--json", str(tmp_path / "figures.json")], tmp_path
+    timing = ["--file_seconds", "3", "--steps", "5", "--seconds", "0.3", "--workers", "0", "1"]
+    run("bench/loader.py", *small, *timing)
+    found = json.loads((path / "figures.json").read_text())
+    assert [row["num_workers"] for row in found["workers"]] == [0, 1]
+    assert all(0 < row["waiting"] < 1 and row["clips_a_second"] > 100 for row in found["workers"])
+    run("bench/ddp.py", "--device", "cpu", *small, "--batch_size", "2", "--steps", "5", "--timed_steps", "8")
+    found = json.loads((path / "figures.json").read_text())
+    every, l1_alone = found["curves"]
+    assert every["largest_difference_in_3_steps"] < 1e-5 and l1_alone["largest_difference"] < 1e-5
+    assert found["scaling"] > 0 and len(every["one_device"]) == 5
+
+
 def test_calibration_says_how_often_an_interval_holds(tmp_path):
     path = tmp_path / "calibration.json"
     run("calibration.py", "--repeats", "4", "--clips", "80", "--dimensions", "8", "--json", str(path))

@@ -2,12 +2,16 @@
 
 import difflib
 import logging
+import os
 import re
+import signal
+import sys
 import threading
 import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -51,7 +55,7 @@ DATA_HINTS = {  # options that are right for the other kind of data
     "valid": "; images are given with --root FOLDER",
     "root": "; recordings are given with --train FOLDER",
 }
-FREE_KEYS = {"cuda_graph", "compile", "on_nan"}  # of a recipe: they may change while a run goes on
+FREE_KEYS = {"cache", "compile", "cuda_graph", "on_nan"}  # of a recipe: they may change while a run goes on
 
 
 def fit(arguments: list[str]) -> None:
@@ -75,6 +79,9 @@ def fit(arguments: list[str]) -> None:
         raise ValueError(f"the trainer refuses the recipe: {error}") from error
     out = Path(cli.config["out"])
     kind = _kind(cli.model)
+    if not _is_first():
+        _take_part(cli, out / TRAINER_CHECKPOINT)
+        return
     print(*kind.announce(cli.datamodule), sep="\n")
     recipe = yaml.safe_load(cli.parser.dump(cli.config, skip_validation=True))
     resume, steps, stopped_early = _last_checkpoint(out)
@@ -97,7 +104,7 @@ def fit(arguments: list[str]) -> None:
     with replacing(out / "recipe.yaml", durable=True) as file:
         file.write(yaml.safe_dump(recipe, sort_keys=False).encode())
     try:
-        with _quiet_threads():
+        with _quiet_threads(), _repeatable(arguments, cli.trainer):
             cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=resume, weights_only=True)
     except MisconfigurationException as error:
         raise ValueError(f"the trainer refuses the recipe: {error}") from error
@@ -119,6 +126,11 @@ def fit(arguments: list[str]) -> None:
     print(f"page:     {out / PAGE}, to open in a browser")
     print(f"curves:   tensorboard --logdir {out}")
     print(*closing, sep="\n")
+
+
+def _is_first() -> bool:
+    """Whether this process has the only device or the first of several: that one speaks and writes."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
 def _kind(task: Any) -> Any:
@@ -143,6 +155,43 @@ def _quiet_threads() -> Iterator[None]:
         yield
     finally:
         threading.excepthook = before
+
+
+def _take_part(cli: Any, resume: Path) -> None:
+    """The training on a further device: it says and writes nothing, and ends when the first one does."""
+    from s4audio.tasks import DivergenceError
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=str(resume) if resume.exists() else None, weights_only=True)
+    except DivergenceError:  # the first one says it too
+        raise SystemExit(1) from None
+
+
+@contextmanager
+def _repeatable(arguments: list[str], trainer: Any) -> Iterator[None]:
+    """Where several devices train, Lightning repeats this program's command for each further one; makes that `s4audio fit`.
+
+    What ends the training here ends the others.
+    """
+    main: Any = sys.modules["__main__"]
+    before = sys.argv, main.__spec__, dict(os.environ)
+    if trainer.world_size > 1:
+        sys.argv, main.__spec__ = [sys.argv[0], "fit", *arguments], find_spec("s4audio.__main__")
+    try:
+        yield
+    finally:
+        sys.argv, main.__spec__ = before[:2]
+        others = list(getattr(trainer.strategy.launcher, "procs", []))
+        if others:
+            trainer.strategy.launcher.procs.clear()  # Lightning would kill this process too
+        for process in others:
+            process.kill()
+            process.wait()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        for key in os.environ.keys() - before[2].keys():  # the address of the others
+            del os.environ[key]
 
 
 def _in_full(arguments: list[str]) -> list[str]:
@@ -205,8 +254,8 @@ def _recipe_cli(arguments: list[str]) -> Any:
             out, trainer = Path(self.config["out"]), self.config["trainer"]
             if self.config["save_every"] < 1:
                 raise ValueError(f"save_every is {self.config['save_every']}; wanted at least 1 step.")
-            if trainer["devices"] not in (1, "1", "auto"):
-                raise ValueError(f"trainer.devices is {trainer['devices']}; this version trains on one device.")
+            if trainer["num_nodes"] != 1:
+                raise ValueError(f"trainer.num_nodes is {trainer['num_nodes']}; this version trains on one machine.")
             if 0 < trainer["max_steps"] < (trainer["val_check_interval"] or 0):
                 trainer["val_check_interval"] = trainer["max_steps"]  # a short run is scored too, at its end
             if trainer["logger"] is not None:
@@ -220,14 +269,18 @@ def _recipe_cli(arguments: list[str]) -> Any:
             kind.check(model, data)
             data.setup()
             kind.prepare(model, data)
-            progress = Progress(lambda batch: kind.size(batch, data), kind.UNIT)
-            ours = [progress, RunFolder(out, self.config["save_every"], data.describe())]
+            progress = Progress(lambda batch: kind.size(batch, data) * self.trainer.world_size, kind.UNIT)
+            ours: list[lightning.Callback] = [RunFolder(out, self.config["save_every"], data.describe())]
+            if _is_first():
+                ours = [progress, *ours]
             self.trainer = self.instantiate_trainer(
                 logger=TensorBoardLogger(out, name="tensorboard", version=""),
                 callbacks=[*(self.config_init["trainer"]["callbacks"] or []), *ours],
                 enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, num_sanity_val_steps=0,
                 check_val_every_n_epoch=None, use_distributed_sampler=False,
             )  # fmt: skip
+            if self.trainer.world_size > 1 and not kind.SEVERAL_DEVICES:
+                raise ValueError(f"trainer.devices is {trainer['devices']}; {type(data).__name__} is for one device.")
 
     # Not Lightning's "auto", which takes every GPU there is, or Apple's, which has no float64.
     hardware: dict[str, Any] = {"accelerator": "cpu", "devices": 1}

@@ -1,18 +1,23 @@
 """What `s4audio fit` checks, says and shows when it trains a generator of audio."""
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
 from s4audio import checkpoint
 from s4audio.cli.info import describe, describe_training, memories
 from s4audio.cli.run_page import PAGE, memory_section, next_commands, training_section
-from s4audio.data import AudioFolder
+from s4audio.data import AudioFolder, AudioShards
+from s4audio.data.cache import size as size_of
 from s4audio.report import Clip, Section, write_page
 
 UNIT, ITEMS = "s of audio", "clips"
+SEVERAL_DEVICES = True
 LISTEN = (
     "First a recording that the model was not trained on (its first ten seconds), then what it makes of it. Listen for the "
     "attack of the notes, the brightness, and a haze or hiss that was not there."
@@ -28,26 +33,35 @@ def check(model: Any, data: Any) -> None:
     """
     if not hasattr(model, "training_losses"):
         raise ValueError(f"the model is a {type(model).__name__}, which is no generator; use ClassificationTask for it.")
-    if not isinstance(data, AudioFolder):
+    if not isinstance(data, AudioFolder | AudioShards):
         raise ValueError(f"the data is {type(data).__name__}, and a generator of audio is trained on AudioFolder.")
     if data.sample_rate != model.sample_rate:
         raise ValueError(
             f"the data is at {data.sample_rate} Hz and the model at {model.sample_rate} Hz; make both one value."
         )
     if model.channels != 1:
-        raise ValueError(f"the model has {model.channels} channels and the clips of AudioFolder have 1 (mono).")
+        raise ValueError(f"the model has {model.channels} channels and the clips of {type(data).__name__} have 1 (mono).")
+
+    if isinstance(data, AudioFolder):
+        data.progress = decoding
 
 
-def prepare(model: Any, data: AudioFolder) -> None:
+def prepare(model: Any, data: AudioFolder | AudioShards) -> None:
     """Nothing."""
 
 
-def size(batch: Tensor, data: AudioFolder) -> float:
+def decoding(files: Iterable[Any], total: int) -> Iterator[Any]:
+    """The files, with a bar on a terminal that shows how many of so many are decoded."""
+    console = Console()
+    yield from track(files, "decoding into the cache", total, console=console, disable=not (total and console.is_terminal))
+
+
+def size(batch: Tensor, data: AudioFolder | AudioShards) -> float:
     """Seconds of audio."""
     return batch.shape[0] * batch.shape[-1] / data.sample_rate
 
 
-def announce(data: AudioFolder) -> list[str]:
+def announce(data: AudioFolder | AudioShards) -> list[str]:
     """What was read, for the terminal."""
     read: dict[str, Any] = data.describe()
     train = f"{_count(read['train_files'], 'file')} ({_duration(read['train_seconds'])}) to train on"
@@ -56,7 +70,18 @@ def announce(data: AudioFolder) -> list[str]:
         f"data: {train}, {held_out}, {len(read['skipped'])} skipped; mono at {read['sample_rate']} Hz",
         f"held out: {', '.join(Path(name).name for name in data.valid_names[:5])}",
         *(f"skipped: {sentence}" for sentence in read["skipped"]),
+        *data.notes,
+        *_describe_cache(data),
     ]
+
+
+def _describe_cache(data: AudioFolder | AudioShards) -> list[str]:
+    homes = set(data.caches)
+    if not homes:
+        return []
+    root = data.caches[0].parent
+    used, held = sum(size_of(home) for home in homes) / 1e6, size_of(root) / 1e6
+    return [f"cache: {used:,.1f} MB of the {held:,.1f} MB in {root}; it can be deleted at any time"]
 
 
 def stopped(out: Path) -> list[str]:
@@ -64,7 +89,7 @@ def stopped(out: Path) -> list[str]:
     return [f"listen:   s4audio generate {out / 'last'} --from MY_RECORDING.wav"]
 
 
-def finish(out: Path, data: AudioFolder) -> list[str]:
+def finish(out: Path, data: AudioFolder | AudioShards) -> list[str]:
     """Writes the page of a finished run; returns what to do with it."""
     lead = "A model of raw audio, and what it makes of recordings that it was not trained on."
     held_out = dict(zip(data.valid_names, data.valid_clips, strict=True))

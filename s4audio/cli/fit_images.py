@@ -14,6 +14,7 @@ from s4audio.data import ImageSequences
 from s4audio.report import Section, bars_figure, confusion_figure, write_page
 from s4audio.tasks.classification import confusion_matrix
 
+SEVERAL_DEVICES = False  # each would draw the same images
 UNIT, ITEMS = "images", "images"
 BATCH = 250  # images at a time when a model is tested
 

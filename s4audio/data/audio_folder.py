@@ -12,17 +12,23 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from s4audio.audio import NORMALIZATIONS, NOT_AUDIO, AudioError, find_audio, list_folder, normalize
-from s4audio.data.check import read_recording
+from s4audio.audio import NORMALIZATIONS, NOT_AUDIO, AudioError, find_audio, list_folder, normalize, readers
+from s4audio.data.cache import Progress, cache_folder, cached
+from s4audio.data.check import SHORTEST_SECONDS, Recording, copy_of, read_recording
 
 
 class AudioFolder(lightning.LightningDataModule):
-    """Mono clips from a folder of audio files, searched recursively; every file is read once and kept in memory.
+    """Mono clips from a folder of audio files, searched recursively.
+
+    Every file is decoded once and kept in a cache on disk, from where clips are mapped: memory does not grow with the data,
+    and the next start decodes nothing. The samples are those of the decoder, to the bit, 4 bytes each: 230 MB an hour at
+    16 kHz. A cache can be deleted at any time.
 
     Files that cannot be used, and copies of others, are left out and named in `skipped`; `check_folder` says the same.
 
     Training clips are a stream without end: clip number k is a file and a place drawn from (seed, k) alone, so that a run
-    that stops and goes on sees what it would have seen. Validation clips are fixed windows, side by side.
+    that stops and goes on sees what it would have seen. Where several devices train, each takes its share of every step's
+    clips: two with batches of 8 see what one with batches of 16 sees. Validation clips are fixed windows, side by side.
 
     Args:
         train: folder (or one file) to train on.
@@ -31,14 +37,15 @@ class AudioFolder(lightning.LightningDataModule):
         valid_fraction: share of the training files, or of the only one, that is split off if `valid` is None.
         clip_seconds: length of a clip, drawn at a random place of the file; a shorter file is padded with zeros at its end,
             never dropped. None takes whole files, each batch padded to its longest.
-        batch_size: clips in a batch.
+        batch_size: clips in a batch, of each device.
         normalize: `none`, or `peak`: every file to a peak of full scale.
         seed: of the split and of the clips.
-        num_workers: processes that prepare batches; the clips are in memory, so 0 does.
+        num_workers: processes that prepare batches; the clips are mapped, so 0 does.
+        cache: folder of the cache; None takes S4AUDIO_CACHE, or s4audio in the user's folder of caches.
 
     Raises:
         ValueError: an argument outside its range.
-        AudioError: a folder is missing, or holds no file that can be used.
+        AudioError: a folder is missing, or holds no file that can be used; or the cache cannot be written.
     """
 
     def __init__(
@@ -52,6 +59,7 @@ class AudioFolder(lightning.LightningDataModule):
         normalize: str = "none",
         seed: int = 0,
         num_workers: int = 0,
+        cache: str | None = None,
     ) -> None:
         super().__init__()
         if normalize not in NORMALIZATIONS:
@@ -64,12 +72,16 @@ class AudioFolder(lightning.LightningDataModule):
             raise ValueError(f"valid_fraction is {valid_fraction}; wanted a share between 0 and 1.")
         self.train, self.sample_rate, self.valid, self.valid_fraction = train, sample_rate, valid, valid_fraction
         self.clip_seconds, self.batch_size, self.normalize = clip_seconds, batch_size, normalize
-        self.seed, self.num_workers = seed, num_workers
+        self.seed, self.num_workers, self.cache = seed, num_workers, cache
         self.clip_samples = None if clip_seconds is None else max(1, round(clip_seconds * sample_rate))
         self.train_clips: list[Tensor] = []
         self.valid_clips: list[Tensor] = []
+        self.train_names: list[str] = []
         self.valid_names: list[str] = []
         self.skipped: list[str] = []
+        self.caches: list[Path] = []  # the folders in the cache that are in use
+        self.notes: list[str] = []  # what was wrong with them
+        self.progress: Progress = lambda files, total: files  # of decoding
 
     def setup(self, stage: str | None = None) -> None:
         """Finds, splits and reads the files, once."""
@@ -85,7 +97,7 @@ class AudioFolder(lightning.LightningDataModule):
             kept = max(1, round((1 - self.valid_fraction) * audio.shape[-1]))
             train, valid = {name: audio[..., :kept]}, {f"the end of {name}": audio[..., kept:]}
         self.train_clips, self.valid_clips = list(train.values()), list(valid.values())
-        self.valid_names = list(valid)
+        self.train_names, self.valid_names = list(train), list(valid)
 
     def describe(self) -> dict[str, object]:
         """What was read, for people and for config.json; seconds are after resampling."""
@@ -99,19 +111,13 @@ class AudioFolder(lightning.LightningDataModule):
         }  # fmt: skip
 
     def train_dataloader(self) -> DataLoader:
-        """Batches (B, 1, T) without end, from where the trainer stands."""
+        """Batches (B, 1, T) without end, from where the trainer stands; where several devices train, this one's share."""
         clips = _TrainingClips(self.train_clips, self.clip_samples, self.seed)
-        return self._loader(clips, sampler=_From(self._position))
+        return self._loader(clips, sampler=Share(lambda: position(self), self.batch_size))
 
     def val_dataloader(self) -> DataLoader:
         """The windows of every validation file, always the same."""
         return self._loader([clip for audio in self.valid_clips for clip in windows(audio, self.clip_samples)])
-
-    def _position(self) -> int:
-        """How many clips the trainer has used."""
-        if self.trainer is None:
-            return 0
-        return self.trainer.global_step * self.trainer.accumulate_grad_batches * self.batch_size
 
     def _loader(self, clips: Any, sampler: Sampler[int] | None = None) -> DataLoader:
         return DataLoader(
@@ -125,18 +131,32 @@ class AudioFolder(lightning.LightningDataModule):
             files = find_audio(folder)
         except AudioError as error:
             raise AudioError(f"{argument}: {error}", error.reason) from error
+        settings = {
+            "sample_rate": self.sample_rate, "channels": 1, "normalize": self.normalize, "shortest": SHORTEST_SECONDS,
+            "readers": readers(),
+        }  # fmt: skip
+
+        def read(file: Path) -> Recording:
+            recording = read_recording(file, self.sample_rate)
+            return recording._replace(audio=normalize(recording.audio, self.normalize))
+
+        found, home, notes = cached(Path(folder), files, settings, read, cache_folder(self.cache), self.progress)
         clips: dict[str, Tensor] = {}
         skipped: list[str] = []
         seen: dict[str, Path] = {}
-        for file in files:
-            try:
-                clips[str(file)] = normalize(read_recording(file, self.sample_rate, seen), self.normalize)
-            except AudioError as error:
-                skipped.append(str(error))
+        for file, recording in zip(files, found, strict=True):
+            if isinstance(recording, str):
+                skipped.append(recording)
+            elif copy := copy_of(file, recording.fingerprint, seen):
+                skipped.append(str(copy))
+            else:
+                clips[str(file)] = recording.audio
         if not clips:
             raise AudioError(f"none of the {len(files)} audio files can be used; the first: {skipped[0]}")
         barred = [str(error) for error in list_folder(folder)[1].values() if error.reason != NOT_AUDIO]
         self.skipped += skipped + barred
+        self.notes += notes
+        self.caches.append(home)
         return clips
 
 
@@ -152,34 +172,56 @@ def split_files(files: dict[str, Tensor], valid_fraction: float, seed: int) -> t
 def pad_batch(clips: list[Tensor]) -> Tensor:
     """(B, 1, T) from clips (1, ...), with T the longest one's length; zeros at the end of the others."""
     longest = max(clip.shape[-1] for clip in clips)
-    return torch.stack([torch.nn.functional.pad(clip, (0, longest - clip.shape[-1])) for clip in clips])
+    return torch.stack([_pad(clip, longest) for clip in clips])
 
 
 class _TrainingClips(Dataset):
-    """Clip k of a stream without end: every file once in each pass, in an order and at a place drawn from (seed, pass)."""
+    """Clip k of a stream without end: every file once in each pass, in an order and at a place drawn from (seed, pass).
 
-    def __init__(self, files: list[Tensor], clip_samples: int | None, seed: int) -> None:
+    The files are tensors (1, T) by number.
+    """
+
+    def __init__(self, files: Any, clip_samples: int | None, seed: int) -> None:
         self.files, self.clip_samples, self.seed = files, clip_samples, seed
+        self.drawn: tuple[int, np.ndarray, np.ndarray] | None = None  # the last pass, which takes a while with many files
 
     def __getitem__(self, index: int) -> Tensor:
-        passes, position = divmod(index, len(self.files))
-        generator = np.random.default_rng([self.seed, 1, passes])
-        order, places = generator.permutation(len(self.files)), generator.random(len(self.files))
-        audio = self.files[order[position]]
+        passes, number = divmod(index, len(self.files))
+        if self.drawn is None or self.drawn[0] != passes:
+            generator = np.random.default_rng([self.seed, 1, passes])
+            self.drawn = passes, generator.permutation(len(self.files)), generator.random(len(self.files))
+        _, order, places = self.drawn
+        audio = self.files[order[number]]
         if self.clip_samples is None:
             return audio
         room = max(0, audio.shape[-1] - self.clip_samples)
-        return cut(audio, math.floor(places[position] * (room + 1)), self.clip_samples)
+        return cut(audio, math.floor(places[number] * (room + 1)), self.clip_samples)
 
 
-class _From(Sampler[int]):
-    """start(), start() + 1, … without end; asked anew by each iterator."""
+class Share(Sampler[int]):
+    """start(), start() + 1, … without end, asked anew by each iterator; of several devices each takes a batch in turn."""
 
-    def __init__(self, start: Callable[[], int]) -> None:
-        self.start = start
+    def __init__(self, start: Callable[[], int], batch_size: int) -> None:
+        self.start, self.batch_size = start, batch_size
 
     def __iter__(self) -> Iterator[int]:
-        return itertools.count(self.start())
+        start, (rank, devices) = self.start(), rank_and_devices()
+        for batch in itertools.count(rank, devices):
+            yield from range(start + batch * self.batch_size, start + (batch + 1) * self.batch_size)
+
+
+def position(data: Any) -> int:
+    """How many clips the trainer of a data module has used, on all devices."""
+    if data.trainer is None:
+        return 0
+    _, devices = rank_and_devices()
+    return data.trainer.global_step * data.trainer.accumulate_grad_batches * data.batch_size * devices
+
+
+def rank_and_devices() -> tuple[int, int]:
+    """Which of how many processes of a training this is."""
+    started = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if started else (0, 1)
 
 
 def windows(audio: Tensor, clip_samples: int | None) -> list[Tensor]:
@@ -194,6 +236,10 @@ def windows(audio: Tensor, clip_samples: int | None) -> list[Tensor]:
 
 
 def cut(audio: Tensor, start: int, clip_samples: int) -> Tensor:
-    """clip_samples from `start` on, with zeros after the file's end."""
-    piece = audio[..., start : start + clip_samples]
-    return torch.nn.functional.pad(piece, (0, clip_samples - piece.shape[-1]))
+    """clip_samples from `start` on, with zeros after the file's end; a view of the file where that is all of it."""
+    return _pad(audio[..., start : start + clip_samples], clip_samples)
+
+
+def _pad(clip: Tensor, length: int) -> Tensor:
+    missing = length - clip.shape[-1]
+    return torch.nn.functional.pad(clip, (0, missing)) if missing else clip

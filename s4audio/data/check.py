@@ -58,6 +58,13 @@ class Sound(NamedTuple):
     fingerprint: str
 
 
+class Recording(NamedTuple):
+    """A file that training can use."""
+
+    audio: Tensor  # (1, samples) mono, float32
+    fingerprint: str  # of its samples as mono, at its own rate
+
+
 class CheckedFile(NamedTuple):
     """One file, or one link or folder that cannot be entered."""
 
@@ -95,7 +102,7 @@ def check_folder(
                 if isinstance(sound, AudioError):
                     found.append(CheckedFile(path, sound, (), None))
                     continue
-                error = refusal(path, sound.seconds, sound.silent, sound.fingerprint, seen)
+                error = refusal(path, sound.seconds, sound.silent) or copy_of(path, sound.fingerprint, seen)
                 found.append(CheckedFile(path, error, () if error else warnings_about(sound), sound))
         finally:
             pool.shutdown(cancel_futures=True)  # after Ctrl-C, do not read the rest first
@@ -141,35 +148,35 @@ def summarize(files: list[CheckedFile]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def read_recording(path: Path, sample_rate: int, seen: dict[str, Path]) -> Tensor:
-    """A file as training takes it: mono (1, samples) float32 at `sample_rate`.
-
-    Args:
-        path: the file.
-        sample_rate: in Hz.
-        seen: the recordings before it, by fingerprint; this one is added.
+def read_recording(path: Path, sample_rate: int) -> Recording:
+    """A file as training takes it, at `sample_rate` in Hz.
 
     Raises:
         AudioError: it cannot be read or is of no use; the same as `check_folder` says.
     """
     audio, rate = read_audio(path)
-    fingerprint = _fingerprint(rate)
-    fingerprint.update(audio.numpy())
-    error = refusal(path, audio.shape[-1] / rate, not audio.any(), fingerprint.hexdigest(), seen)
+    error = refusal(path, audio.shape[-1] / rate, not audio.any())
     if error:
         raise error
-    return resample(audio, rate, sample_rate)
+    fingerprint = _fingerprint(rate)
+    fingerprint.update(audio.numpy())
+    return Recording(resample(audio, rate, sample_rate), fingerprint.hexdigest())
 
 
-def refusal(path: Path, seconds: float, silent: bool, fingerprint: str, seen: dict[str, Path]) -> AudioError | None:
-    """Why a recording that can be read is of no use to training; None if it is, and then it is added to `seen`.
-
-    A later copy is left out: with one in the training files and one held out, the score would be that of a good memory.
-    """
+def refusal(path: Path, seconds: float, silent: bool) -> AudioError | None:
+    """Why a recording that can be read is of no use to training; None if it is."""
     if seconds < SHORTEST_SECONDS:
         return AudioError(f"{path} is shorter than {SHORTEST_SECONDS} s.", "too short")
     if silent:
         return AudioError(f"{path} is silent.", "silent")
+    return None
+
+
+def copy_of(path: Path, fingerprint: str, seen: dict[str, Path]) -> AudioError | None:
+    """Why a recording is left out if one before it, in `seen`, is the same; else None, and it is added to `seen`.
+
+    With one copy in the training files and one held out, the score would be that of a good memory.
+    """
     if fingerprint in seen:
         return AudioError(f"{path} holds the same samples as {seen[fingerprint]}.", "duplicate")
     seen[fingerprint] = path

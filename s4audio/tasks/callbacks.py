@@ -14,6 +14,7 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
@@ -105,7 +106,7 @@ class RunFolder(lightning.Callback):
 
     def on_exception(self, trainer: lightning.Trainer, task: Any, exception: BaseException) -> None:
         self._restore_ctrl_c()
-        if isinstance(exception, DivergenceError):
+        if isinstance(exception, DivergenceError) and trainer.is_global_zero:
             last = f"The last checkpoint is {self.out / TRAINER_CHECKPOINT}, of step {self.saved_at}."
             kept = self._keep(exception.batches, getattr(task.model, "sample_rate", None))
             exception.args = (f"{exception} {kept}{last if self.saved_at else 'There is no checkpoint yet.'}",)
@@ -126,7 +127,8 @@ class RunFolder(lightning.Callback):
         step = trainer.global_step
         if _batches(trainer) % trainer.accumulate_grad_batches:
             return  # in the middle of a step
-        if step != self.saved_at and (step % self.every_n_steps == 0 or self.to_stop):
+        alone = trainer.world_size == 1  # several devices cannot save together while one of them stops
+        if step != self.saved_at and (step % self.every_n_steps == 0 or (self.to_stop and alone)):
             self._save(trainer, task)
         if self.to_stop:
             raise KeyboardInterrupt
@@ -139,7 +141,9 @@ class RunFolder(lightning.Callback):
         trainer.save_checkpoint(self.out / TRAINER_CHECKPOINT)
         self.saved_at = trainer.global_step
 
+    @rank_zero_only
     def _save_model(self, trainer: lightning.Trainer, model: nn.Module, name: str) -> None:
+        """Of several devices, all with the same weights, the first one writes."""
         _refuse_not_finite(model, trainer.global_step)
         checkpoint.save(model, self.out / name, self._record(trainer))
 

@@ -64,8 +64,7 @@ class GenerativeTask(TrainingTask):
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """One batch of clips (B, 1, T)."""
         total, losses = self.total_and_losses(batch)
-        self.log_dict({f"train/{name}": loss for name, loss in losses.items()})
-        self.log("train/loss", total.detach())
+        self.log_dict(self.mean_over_devices({f"train/{name}": loss for name, loss in {**losses, "loss": total}.items()}))
         return total
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:

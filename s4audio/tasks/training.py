@@ -224,6 +224,15 @@ class TrainingTask(lightning.LightningModule):
         weights = self.weights(list(losses), step)
         return torch.stack([weight * loss for weight, loss in zip(weights, losses.values(), strict=True)]).sum()
 
+    def mean_over_devices(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The losses of the whole step where several devices share its batch; each device gets the same."""
+        losses = {name: loss.detach() for name, loss in losses.items()}
+        if self.trainer.world_size == 1:
+            return losses
+        stacked = torch.stack([loss.float() for loss in losses.values()])
+        means: Any = self.trainer.strategy.reduce(stacked, reduce_op="mean")
+        return dict(zip(losses, means.unbind(), strict=True))
+
     def check_last_step(self) -> None:
         """Wait for the last step on a GPU, if nobody has looked at it yet.
 
@@ -243,6 +252,9 @@ class TrainingTask(lightning.LightningModule):
         if self.trainer.precision != "16-mixed":  # whose scaler tries how far it can go, and leaves out such steps itself
             numbers.append(norm)
         number = torch.stack(numbers).sum()
+        if self.trainer.world_size > 1:  # all devices leave out an update, or none
+            reduced: Any = self.trainer.strategy.reduce(number, reduce_op="sum")
+            number = reduced
         step = Step(number, parameters, norms, seen, self.global_step)
         if number.is_cuda and self.on_nan == "stop":
             self.check_last_step()

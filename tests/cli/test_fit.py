@@ -164,7 +164,7 @@ def test_the_best_model_survives_a_resume_from_before_it(tmp_path):
     save(model, out / "best", training={"scores": {"valid/loss": 1.0}})
     keeper = RunFolder(out, 10, {})
     trainer = types.SimpleNamespace(
-        global_step=10, sanity_checking=False, callback_metrics={"valid/loss": torch.tensor(2.0)}, accumulate_grad_batches=1,
+        global_step=10, sanity_checking=False, world_size=1, callback_metrics={"valid/loss": torch.tensor(2.0)}, accumulate_grad_batches=1,
         strategy=types.SimpleNamespace(root_device=torch.device("cpu")),
         fit_loop=types.SimpleNamespace(epoch_loop=types.SimpleNamespace(total_batch_idx=9)),
     )  # fmt: skip
@@ -234,7 +234,7 @@ def test_wrong_recipes_end_in_a_sentence_and_status_2(capsys, folder, tmp_path):
     assert "widths has 1 entries" in with_change(set_model("widths", [4]))
     assert "the data is at 4000 Hz and the model at 8000 Hz" in with_change(set_model("sample_rate", 8000))
     assert "max_steps" in with_change(lambda recipe: recipe["trainer"].update(max_steps="forty"))
-    assert "trainer.devices is 2" in with_change(lambda recipe: recipe["trainer"].update(devices=2))
+    assert "trainer refuses the recipe" in with_change(lambda recipe: recipe["trainer"].update(devices=0))
     assert "save_every is 0; wanted at least 1" in with_change(lambda recipe: recipe.update(save_every=0))
     assert "latent_channels 0 and channels 1 must all be at least 1" in with_change(set_model("latent_channels", 0))
     assert "trainer.logger is set" in with_change(lambda recipe: recipe["trainer"].update(logger=False))
@@ -276,6 +276,23 @@ def test_a_short_run_is_scored_and_short_options_are_understood(folder, tmp_path
     assert "step 3: held out: si_sdr_db" in told and "best on the held-out clips" in told
     held_out = re.search(r"held out: (tone\d\.wav)", told)
     assert held_out and f"{held_out[1]} through the model" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_recordings_come_from_a_cache_that_may_move_be_deleted_or_be_damaged(folder, tmp_path, capsys):
+    options = ["--trainer.limit_val_batches", "0", "--data.init_args.cache"]
+    assert fit(folder, tmp_path / "run", "--steps", "1", *options, str(tmp_path / "cache")) == 0
+    (home,) = (tmp_path / "cache").iterdir()
+    megabytes = sum(path.stat().st_size for path in home.iterdir()) / 1e6
+    said = f"cache: {megabytes:.1f} MB of the {megabytes:.1f} MB in {tmp_path / 'cache'}; it can be deleted at any time"
+    assert said in capsys.readouterr().out
+    (home / "manifest.json").write_bytes(b"junk")
+    assert fit(folder, tmp_path / "run", "--steps", "2", *options, str(tmp_path / "cache")) == 0
+    said = capsys.readouterr().out
+    assert "manifest.json was damaged; everything is decoded again" in said and "going on from there to 2" in said
+    assert fit(folder, tmp_path / "run", "--steps", "3", *options, str(tmp_path / "elsewhere")) == 0
+    inside = ["fit", "--config", RECIPE, "--train", str(folder), "--data.init_args.cache", str(folder / "cache")]
+    assert "is inside of" in refused(capsys, *inside, "--out", str(tmp_path / "other"))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -183,6 +183,9 @@ def test_wrong_input_ends_in_a_sentence_and_status_2(recipe, tmp_path, capsys):
     def told(*options: str) -> str:
         return refused(capsys, "fit", "--config", str(recipe), "--out", str(tmp_path / "run"), *options)
 
+    devices = ["--trainer.devices", "2", "--trainer.accelerator", "cpu"]
+    assert "trainer.devices is 2; ImageSequences is for one device" in told(*devices)
+
     assert "nowhere does not exist; give --root FOLDER" in told("--root", "nowhere")
     assert "'train' is not accepted; images are given with --root FOLDER" in told("--train", "nowhere")
     assert "are 8 x 8 pixels; wanted 16 x 16" in told("--data.init_args.size", "16")

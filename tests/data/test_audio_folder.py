@@ -9,7 +9,7 @@ import soundfile
 import torch
 
 from s4audio.audio import AudioError
-from s4audio.data import AudioFolder
+from s4audio.data import AudioFolder, audio_folder
 from s4audio.data.audio_folder import _TrainingClips, split_files, windows
 
 
@@ -62,6 +62,21 @@ def test_each_iterator_starts_where_the_trainer_stands(folder):
     assert torch.equal(next(iter(loader)), whole[2])
     data.trainer.global_step = 2
     assert torch.equal(next(iter(loader)), whole[4])
+
+
+def test_devices_share_the_clips_of_one(folder, monkeypatch):
+    """Two devices with batches of 2, step by step, see what one with batches of 4 sees; also where they go on."""
+
+    def steps(rank: int, devices: int, batch_size: int, done: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(audio_folder, "rank_and_devices", lambda: (rank, devices))
+        data = AudioFolder(str(folder), 1000, clip_seconds=0.5, batch_size=batch_size)
+        data.trainer = types.SimpleNamespace(global_step=done, accumulate_grad_batches=3)
+        return batches(data, 5)
+
+    for done in (0, 7):
+        one, first, second = steps(0, 1, 4, done), steps(0, 2, 2, done), steps(1, 2, 2, done)
+        assert all(torch.equal(torch.cat(shares), whole) for *shares, whole in zip(first, second, one, strict=True))
+        assert not torch.equal(first[0], second[0])
 
 
 def test_workers_change_nothing(folder):
