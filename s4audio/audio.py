@@ -22,6 +22,7 @@ EXTENSIONS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", 
 LIBROSA_TOO = (".m4a", ".opus", ".mp3", ".caf")  # what librosa may read where libsndfile cannot
 NORMALIZATIONS = ("none", "peak")
 MAX_CHANNELS = 8  # 7.1 surround; more is data of another kind, or a damaged header
+PCM_FORMATS = {"s16": "<i2", "f32": "<f4"}  # of raw samples, in numpy's words
 RESAMPLER = "soxr, high quality"
 WAV_HEADER = struct.Struct("<4sI4s4sIHHIIHH4sI")  # RIFF, fmt and data, for PCM
 WAV_BYTES = 2**32 - WAV_HEADER.size  # of samples that the header can say
@@ -324,9 +325,29 @@ def _decode_blocks(path: Path, block_seconds: float) -> tuple[Iterator[np.ndarra
     return blocks(), file.samplerate
 
 
-def _to_pcm(audio: Tensor) -> np.ndarray:
-    """(samples, channels) 16-bit numbers. Rounding here, not in the encoder, makes them the same whatever the format."""
+def from_pcm(data: bytes, sample_format: str) -> Tensor:
+    """(1, samples) float32 from the bytes of whole samples, mono and little-endian: `s16` or `f32`, a key of PCM_FORMATS."""
+    samples = np.frombuffer(data, PCM_FORMATS[sample_format]).astype(np.float32)
+    return torch.from_numpy(samples / 32768 if sample_format == "s16" else samples).unsqueeze(0)
+
+
+def to_pcm(audio: Tensor, sample_format: str) -> bytes:
+    """The bytes of (1, samples), as `from_pcm` reads them; `s16` clips what is beyond full scale.
+
+    Raises:
+        AudioError: a value is not finite.
+    """
+    samples = _to_pcm(audio) if sample_format == "s16" else _finite(audio)
+    return samples.astype(PCM_FORMATS[sample_format]).tobytes()
+
+
+def _finite(audio: Tensor) -> np.ndarray:
     samples = audio.detach().cpu().float().numpy()
     if not np.isfinite(samples).all():
         raise AudioError("the audio to write holds values that are not finite numbers; nothing was written.")
-    return np.clip(np.round(samples * 32767), -32768, 32767).astype(np.int16).T
+    return samples
+
+
+def _to_pcm(audio: Tensor) -> np.ndarray:
+    """(samples, channels) 16-bit numbers. Rounding here, not in the encoder, makes them the same whatever the format."""
+    return np.clip(np.round(_finite(audio) * 32767), -32768, 32767).astype(np.int16).T

@@ -26,6 +26,7 @@ from s4audio.layers import (
     Residual,
     S4Block,
 )
+from s4audio.models import advance_stream, begin_stream, finish_stream, stream_latency
 from s4audio.ssm import DISCRETIZATIONS, INITS
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -143,6 +144,44 @@ def test_autoencoder_streams_any_length_once_the_last_frame_is_filled(length):
     filled = torch.nn.functional.pad(audio, (0, model.hop_length - 1))
     streamed = in_blocks(model, filled, [1] * filled.shape[-1])[..., :length]
     torch.testing.assert_close(streamed, model(audio), rtol=0, atol=1e-9)
+
+
+def in_pieces(model: nn.Module, audio: Tensor, sizes: list[int], block: int | None) -> Tensor:
+    state, outputs = begin_stream(model), []
+    for piece in audio.split(sizes, dim=-1):
+        y, state = advance_stream(model, piece, state, block)
+        outputs.append(y)
+    return torch.cat([*outputs, finish_stream(model, state)], dim=-1)
+
+
+@pytest.mark.parametrize("block", [None, 1, 5, 64])
+@pytest.mark.parametrize(
+    "sizes", [blocks_of(1), blocks_of(7), [LENGTH], random_sizes(LENGTH)], ids=["1", "7", "whole", "random"]
+)
+def test_a_stream_in_pieces_is_forward(sizes, block):
+    model = make("CausalAutoencoder", torch.float64)
+    audio = torch.randn(CHANNELS, LENGTH, dtype=torch.float64)
+    with torch.no_grad():
+        whole = model(audio.unsqueeze(0))[0]
+    torch.testing.assert_close(in_pieces(model, audio, sizes, block), whole, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("block", [4, 50])
+def test_a_stream_in_blocks_is_the_same_bit_for_bit_whatever_the_pieces(block):
+    model, audio = make("CausalAutoencoder", torch.float32), torch.randn(CHANNELS, LENGTH)
+    whole = in_pieces(model, audio, [LENGTH], block)
+    assert all(torch.equal(in_pieces(model, audio, sizes, block), whole) for sizes in (blocks_of(1), random_sizes(LENGTH)))
+
+
+@pytest.mark.parametrize("block", [1, 4, 6, 50])
+def test_latency_is_what_a_sample_waits_at_most(block):
+    model, waits, given = make("CausalAutoencoder", torch.float32), [], 0
+    state = begin_stream(model)
+    for now in range(LENGTH):
+        y, state = advance_stream(model, torch.zeros(CHANNELS, 1), state, block)
+        waits += [now - sample for sample in range(given, given + y.shape[-1])]
+        given += y.shape[-1]
+    assert max(waits) == stream_latency(model.hop_length, block)
 
 
 @pytest.mark.parametrize("layer", [S4D, S4])
