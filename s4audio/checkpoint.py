@@ -1,4 +1,4 @@
-"""A model on disk: a folder with config.json (the class and its arguments) and model.safetensors (the weights).
+"""A model on disk: a folder with config.json (the class and its arguments), model.safetensors (the weights), and a card.
 
 Loading builds a class of this package from a list below and fills in numbers; nothing in the folder is executed.
 """
@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from s4audio.card import card
 from s4audio.files import replacing
 from s4audio.metrics.embeddings import EncoderWindows
 from s4audio.models import (
@@ -33,7 +35,7 @@ MODELS: dict[str, type[nn.Module]] = {
     model.__name__: model for model in (CausalAutoencoder, ConvVAE, PatchS4Model, S4DAutoencoder, S4Model)
 }
 DEPTHS = ("num_blocks", "num_layers")  # arguments that say how many layers there are, each with tensors of its own
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 STREAM = "s4audio stream 1"  # what a state file says that it holds
 TRAINING_DATA = ("train_files", "train_seconds", "sample_rate", "normalize", "clip_seconds", "steps")
 
@@ -43,7 +45,9 @@ class CheckpointError(ValueError):
 
 
 def save(model: nn.Module, path: str | Path, training: dict[str, Any] | None = None) -> None:
-    """Writes the two files of the model folder; each appears whole, in the place of an older one, or not at all.
+    """Writes the three files of the model folder; each appears whole, in the place of an older one, or not at all.
+
+    README.md, the card, is for people and for the hub: it is written from config.json, and `load` does not read it.
 
     Args:
         model: one of MODELS. Every constructor argument must stand as an attribute of the same name.
@@ -57,14 +61,18 @@ def save(model: nn.Module, path: str | Path, training: dict[str, Any] | None = N
     if name not in MODELS:
         raise CheckpointError(f"{name} is not a model that can be saved; known are {', '.join(MODELS)}.")
     arguments = {argument: getattr(model, argument) for argument in _signature(name)}
-    config = json.dumps({"class": name, "arguments": arguments, "training": training or {}}, indent=2) + "\n"
+    # As they will be read again: tuples are lists then.
+    config = json.loads(json.dumps({"class": name, "arguments": arguments, "training": training or {}}))
+    texts = {CONFIG: json.dumps(config, indent=2) + "\n", CARD: card(config)}
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     path = Path(path)
-    with replacing(path / WEIGHTS) as new_weights, replacing(path / CONFIG) as new_config:
-        new_weights.write(to_bytes(weights))  # not save_file, which makes files that only their owner can read
-        new_config.write(config.encode())
-        for file in (new_weights, new_config):
-            file.flush()  # a full disk shows here, before either takes its place
+    with ExitStack() as files:
+        new = {name: files.enter_context(replacing(path / name)) for name in (*texts, WEIGHTS)}
+        new[WEIGHTS].write(to_bytes(weights))  # not save_file, which makes files that only their owner can read
+        for name, text in texts.items():
+            new[name].write(text.encode())
+        for file in new.values():
+            file.flush()  # a full disk shows here, before any takes its place
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
