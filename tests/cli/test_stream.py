@@ -179,7 +179,7 @@ def test_a_stream_goes_on_bit_for_bit_in_another_process(through, model, tmp_pat
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals and pipes of Unix")
-@pytest.mark.parametrize("how", ["Ctrl-C", "reader gone"])
+@pytest.mark.parametrize("how", ["Ctrl-C", pytest.param("reader gone", marks=pytest.mark.slow)])
 def test_a_stream_that_is_stopped_saves_its_state(through, model, tmp_path, how):
     samples, state = sound(1500), str(tmp_path / "state")
     data, options = samples.tobytes(), ["--format", "f32", "--block", "100"]
