@@ -186,6 +186,19 @@ def test_latency_is_what_a_sample_waits_at_most(block):
     assert max(waits) == stream_latency(model.hop_length, block)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+@torch.no_grad()
+def test_a_frozen_layer_streams_the_same_bit_for_bit_and_forgets_later_parameters(name):
+    module, u = make(name, torch.float32), torch.randn(2, CHANNELS, LENGTH)
+    wanted = [in_blocks(module, u, sizes) for sizes in BLOCKS.values()]
+    module.freeze()
+    for parameter in module.parameters():
+        if parameter is not module.D:
+            parameter.zero_()
+    for _ in range(2):  # the second time with the operators of the first
+        assert all(map(torch.equal, (in_blocks(module, u, sizes) for sizes in BLOCKS.values()), wanted))
+
+
 @pytest.mark.parametrize("layer", [S4D, S4])
 def test_bidirectional_layers_hear_the_future_and_refuse_to_stream(layer):
     module = layer(CHANNELS, 8, bidirectional=True).double()

@@ -13,6 +13,7 @@ from torch import Tensor
 from s4audio import checkpoint
 from s4audio.audio import PCM_FORMATS, AudioError, from_pcm, to_pcm
 from s4audio.cli.arguments import Parser, load_streaming
+from s4audio.layers import S4D
 from s4audio.models import advance_stream, begin_stream, finish_stream, stream_latency
 
 LARGEST_BLOCK = 2**20  # samples
@@ -63,6 +64,9 @@ def stream(arguments: list[str]) -> None:
                 f"{EXAMPLE.format(rate=model.sample_rate)}"
             )
     torch.set_num_threads(1)  # a block is too little to share: threads that wait for each other made it 20 times slower
+    for layer in model.modules():
+        if isinstance(layer, S4D):
+            layer.freeze()
     sha256, training = checkpoint.fingerprint(args.model), checkpoint.read_config(args.model)["training"]
     state = checkpoint.load_state(args.load_state, model, sha256) if args.load_state else begin_stream(model)
     if args.save_state:
