@@ -72,7 +72,7 @@ def test_an_hour_streams_in_flat_memory_as_forward_and_without_a_seam(model, tmp
     found = json.loads(path.read_text())
     for verb, tolerance in (("reconstruct", 1e-4), ("stream", 1e-5)):  # the first is rounded to 16 bits
         resident = found[verb]["resident_mib"]
-        assert minutes < 1 or resident["minute_55"] < resident["minute_5"] + 4  # the hour itself, as numbers, is 55 MiB
+        assert minutes < 1 or resident["minute_55"] < resident["minute_5"] + 8  # the hour itself, as numbers, is 55 MiB
         windows, seams = found[verb]["windows"], found[verb]["seams"]
         assert len(windows) == 3 and max(window["context"] for window in windows) < 1e-6
         assert max(window["difference"] for window in windows) < tolerance
