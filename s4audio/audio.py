@@ -33,6 +33,7 @@ CLIPPED_RUN, CLIPPED_LEVEL = 3, 0.999  # samples in a row at full scale
 DC_OFFSET = 0.01  # -40 dB; a mean beyond it is one
 SILENT_PEAK = 1e-4  # -80 dB; a recording that stays below it is as good as silent
 LIBROSA = threading.Lock()  # one thread at a time, since warnings are switched off for all of them
+PCM_FORMATS = {"s16": "<i2", "f32": "<f4"}  # of raw samples, in numpy's words
 RESAMPLER = "soxr, high quality"
 WAV_HEADER = struct.Struct("<4sI4s4sIHHIIHH4sI")  # RIFF, fmt and data, for PCM
 WAV_BYTES = 2**32 - WAV_HEADER.size  # of samples that the header can say
@@ -423,9 +424,29 @@ def _decode_by_librosa(path: Path) -> tuple[np.ndarray, int]:
     return np.atleast_2d(samples), int(rate)
 
 
-def _to_pcm(audio: Tensor) -> np.ndarray:
-    """(samples, channels) 16-bit numbers. Rounding here, not in the encoder, makes them the same whatever the format."""
+def from_pcm(data: bytes, sample_format: str) -> Tensor:
+    """(1, samples) float32 from the bytes of whole samples, mono and little-endian: `s16` or `f32`, a key of PCM_FORMATS."""
+    samples = np.frombuffer(data, PCM_FORMATS[sample_format]).astype(np.float32)
+    return torch.from_numpy(samples / 32768 if sample_format == "s16" else samples).unsqueeze(0)
+
+
+def to_pcm(audio: Tensor, sample_format: str) -> bytes:
+    """The bytes of (1, samples), as `from_pcm` reads them; `s16` clips what is beyond full scale.
+
+    Raises:
+        AudioError: a value is not finite.
+    """
+    samples = _to_pcm(audio) if sample_format == "s16" else _finite(audio)
+    return samples.astype(PCM_FORMATS[sample_format]).tobytes()
+
+
+def _finite(audio: Tensor) -> np.ndarray:
     samples = audio.detach().cpu().float().numpy()
     if not np.isfinite(samples).all():
         raise AudioError("the audio to write holds values that are not finite numbers; nothing was written.")
-    return np.clip(np.round(samples * 32767), -32768, 32767).astype(np.int16).T
+    return samples
+
+
+def _to_pcm(audio: Tensor) -> np.ndarray:
+    """(samples, channels) 16-bit numbers. Rounding here, not in the encoder, makes them the same whatever the format."""
+    return np.clip(np.round(_finite(audio) * 32767), -32768, 32767).astype(np.int16).T

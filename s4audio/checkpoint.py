@@ -1,4 +1,4 @@
-"""A model on disk: a folder with config.json (the class and its arguments) and model.safetensors (the weights).
+"""A model on disk: a folder with config.json (the class and its arguments), model.safetensors (the weights), and a card.
 
 Loading builds a class of this package from a list below and fills in numbers; nothing in the folder is executed.
 """
@@ -6,23 +6,37 @@ Loading builds a class of this package from a list below and fills in numbers; n
 import hashlib
 import inspect
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
-from torch import nn
+from torch import Tensor, nn
 
+from s4audio.card import card
 from s4audio.files import replacing
 from s4audio.metrics.embeddings import EncoderWindows
-from s4audio.models import CausalAutoencoder, ConvVAE, PatchS4Model, S4DAutoencoder, S4Model
+from s4audio.models import (
+    CausalAutoencoder,
+    ConvVAE,
+    PatchS4Model,
+    S4DAutoencoder,
+    S4Model,
+    StreamState,
+    advance_stream,
+    begin_stream,
+)
 
 MODELS: dict[str, type[nn.Module]] = {
     model.__name__: model for model in (CausalAutoencoder, ConvVAE, PatchS4Model, S4DAutoencoder, S4Model)
 }
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+DEPTHS = ("num_blocks", "num_layers")  # arguments that say how many layers there are, each with tensors of its own
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+STREAM = "s4audio stream 1"  # what a state file says that it holds
 TRAINING_DATA = ("train_files", "train_seconds", "sample_rate", "normalize", "clip_seconds", "steps")
 
 
@@ -31,7 +45,9 @@ class CheckpointError(ValueError):
 
 
 def save(model: nn.Module, path: str | Path, training: dict[str, Any] | None = None) -> None:
-    """Writes the two files of the model folder; each appears whole, in the place of an older one, or not at all.
+    """Writes the three files of the model folder; each appears whole, in the place of an older one, or not at all.
+
+    README.md, the card, is for people and for the hub: it is written from config.json, and `load` does not read it.
 
     The weights come first. What ends the process between the two leaves new weights beside the older record of their
     training, never the record of weights that are not there.
@@ -48,14 +64,18 @@ def save(model: nn.Module, path: str | Path, training: dict[str, Any] | None = N
     if name not in MODELS:
         raise CheckpointError(f"{name} is not a model that can be saved; known are {', '.join(MODELS)}.")
     arguments = {argument: getattr(model, argument) for argument in _signature(name)}
-    config = json.dumps({"class": name, "arguments": arguments, "training": training or {}}, indent=2) + "\n"
+    # As they will be read again: tuples are lists then.
+    config = json.loads(json.dumps({"class": name, "arguments": arguments, "training": training or {}}))
+    texts = {CONFIG: json.dumps(config, indent=2) + "\n", CARD: card(config)}
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     path = Path(path)
-    with replacing(path / CONFIG, durable=True) as new_config, replacing(path / WEIGHTS, durable=True) as new_weights:
-        new_weights.write(to_bytes(weights))  # not save_file, which makes files that only their owner can read
-        new_config.write(config.encode())
-        for file in (new_weights, new_config):
-            file.flush()  # a full disk shows here, before either takes its place
+    with ExitStack() as files:  # whose files take their places from the last to the first
+        new = {name: files.enter_context(replacing(path / name, durable=True)) for name in (*texts, WEIGHTS)}
+        new[WEIGHTS].write(to_bytes(weights))  # not save_file, which makes files that only their owner can read
+        for name, text in texts.items():
+            new[name].write(text.encode())
+        for file in new.values():
+            file.flush()  # a full disk shows here, before any takes its place
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
@@ -65,19 +85,23 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
         CheckpointError: the folder or a file is missing or damaged, the class is unknown, or the weights do not fit.
     """
     path, config = Path(path), read_config(path)
+    weights = _read_tensors(path / WEIGHTS)
     try:
-        model = MODELS[config["class"]](**config["arguments"])
-    except (TypeError, ValueError) as error:
+        _refuse_more_layers(config["arguments"], len(weights))
+        with torch.device("meta"):  # shapes without memory, so that a damaged size costs nothing
+            model = MODELS[config["class"]](**config["arguments"])
+    except Exception as error:  # whatever a constructor makes of a damaged argument
         raise CheckpointError(f"{path / CONFIG}: the arguments do not fit {config['class']} ({error}).") from error
-    try:
-        weights = load_file(path / WEIGHTS)
-        model.load_state_dict(weights)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path / WEIGHTS} is missing, unreadable or damaged ({error}).") from error
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{path / WEIGHTS} does not fit {config['class']}: {str(error).splitlines()[-1].strip()}"
-        ) from error
+    wanted = model.state_dict()
+    for name in sorted(wanted.keys() | weights.keys()):
+        if _form(wanted.get(name)) != _form(weights.get(name)):
+            raise CheckpointError(
+                f"{path / WEIGHTS} does not fit {config['class']}: it has {_form(weights.get(name))} where "
+                f"{_form(wanted.get(name))} is wanted as {name}."
+            )
+    # Copies: what load_file gives is the file itself, mapped into memory.
+    own = {name: value.to(wanted[name].dtype, copy=True) for name, value in weights.items()}
+    model.load_state_dict(own, assign=True)
     return model.to(device).eval()
 
 
@@ -93,14 +117,14 @@ def read_config(path: str | Path) -> dict[str, Any]:
         hint = f"there is one in {others[0]}" if others else "a training run keeps its models in RUN/best and RUN/last"
         raise CheckpointError(f"{path} is not a model: it has no {CONFIG}; {hint}.")
     try:
-        config = json.loads((path / CONFIG).read_text())
-        name, arguments = config["class"], config["arguments"]
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        name, arguments, training = config["class"], dict(config["arguments"]), dict(config.get("training", {}))
         unknown = [argument for argument in arguments if argument not in _signature(name)]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / CONFIG} is damaged or from another program ({error!r}).") from error
     if unknown:
         raise CheckpointError(f"{path / CONFIG}: {name} has no argument {unknown[0]!r}.")
-    return {"class": name, "arguments": arguments, "training": config.get("training", {})}
+    return {"class": name, "arguments": arguments, "training": training}
 
 
 def fingerprint(path: str | Path) -> str:
@@ -113,6 +137,53 @@ def fingerprint(path: str | Path) -> str:
         return hashlib.sha256((Path(path) / WEIGHTS).read_bytes()).hexdigest()
     except OSError as error:
         raise CheckpointError(f"{Path(path) / WEIGHTS} is missing or unreadable ({error}).") from error
+
+
+def save_state(state: StreamState, path: str | Path, model_sha256: str) -> None:
+    """Writes where a stream stands, as one safetensors file that appears whole or not at all.
+
+    Args:
+        state: what `advance_stream` returned.
+        path: the file.
+        model_sha256: the `fingerprint` of the model that streams.
+    """
+    about = {"holds": STREAM, "model": model_sha256, "owed": str(state.owed)}
+    with replacing(path) as file:
+        file.write(to_bytes(_stored(state), about))
+
+
+def load_state(path: str | Path, model: CausalAutoencoder, model_sha256: str) -> StreamState:
+    """The state in a file written by `save_state`, from which the stream goes on bit for bit as if it had not ended.
+
+    Args:
+        path: the file.
+        model: one that streams.
+        model_sha256: its `fingerprint`.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or is no state of this model.
+    """
+    path = Path(path)
+    tensors = _read_tensors(path)
+    with safe_open(path, "pt") as file:
+        about = file.metadata() or {}
+    if about.get("holds") != STREAM:
+        raise CheckpointError(f"{path} is not the state of a stream; `s4audio stream --save-state FILE` writes one.")
+    if about.get("model") != model_sha256:
+        raise CheckpointError(
+            f"{path} is the state of another model: its weights have the SHA-256 {about.get('model', '')[:12]}…, and this "
+            f"model's {model_sha256[:12]}…. Go on with that model, or begin without a state."
+        )
+    start, owed, waiting = begin_stream(model), str(about.get("owed")), tensors.get("waiting", torch.empty(0))
+    fits = owed in map(str, range(model.hop_length)) and waiting.dim() == 2
+    if fits:  # a stream that has heard as many samples beyond a whole frame has a state of the same form
+        _, template = advance_stream(model, start.waiting.new_zeros(model.channels, int(owed)), start)
+        wanted = _stored(template._replace(waiting=start.waiting.new_zeros(model.channels, waiting.shape[1])))
+        fits = {name: _form(value) for name, value in tensors.items()} == {n: _form(v) for n, v in wanted.items()}
+    if not fits or not all(value.isfinite().all() for value in tensors.values()):
+        raise CheckpointError(f"{path} is damaged: it does not hold what a stream of this model remembers.")
+    values = (value.to(wanted[name].dtype, copy=True) for name, value in sorted(tensors.items()))
+    return StreamState(_filled(template.model, values), next(values), int(owed))
 
 
 def load_embedding(path: str | Path, device: str | torch.device = "cpu") -> EncoderWindows:
@@ -148,6 +219,57 @@ def kind(path: str | Path) -> str:
         {key: config["training"].get(key) for key in TRAINING_DATA if key != "steps"},
     ]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """A safetensors file, mapped into memory.
+
+    Raises:
+        CheckpointError: it is missing, unreadable or damaged.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is missing, unreadable or damaged ({error}).") from error
+
+
+def _stored(state: StreamState) -> dict[str, Tensor]:
+    """The tensors of a state in the order of their names; complex ones as (..., 2) real numbers."""
+    leaves = [torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in _leaves(state.model)]
+    tensors = {f"state.{index:04}": leaf.detach().cpu().contiguous() for index, leaf in enumerate(leaves)}
+    return {**tensors, "waiting": state.waiting.detach().cpu().contiguous()}
+
+
+def _leaves(state: Any) -> list[Tensor]:
+    """The tensors of nested tuples, first to last; None holds none."""
+    if isinstance(state, Tensor):
+        return [state]
+    return [leaf for part in state or () for leaf in _leaves(part)]
+
+
+def _filled(template: Any, values: Iterator[Tensor]) -> Any:
+    """Nested tuples like the template, with these tensors as `_stored` makes them."""
+    if template is None:
+        return None
+    if isinstance(template, Tensor):
+        return torch.view_as_complex(next(values)) if template.is_complex() else next(values)
+    parts = [_filled(part, values) for part in template]
+    return type(template)(*parts) if hasattr(template, "_fields") else tuple(parts)
+
+
+def _refuse_more_layers(arguments: dict[str, Any], num_tensors: int) -> None:
+    """Raises: ValueError, if there are more layers than tensors: to build such a model could take hours."""
+    for name, value in arguments.items():
+        entries = value if isinstance(value, list) else [value]
+        if len(entries) > num_tensors or (name in DEPTHS and max(entries, default=0) > num_tensors):
+            raise ValueError(f"{name} is {str(value)[:50]}, and the weights are {num_tensors} tensors")
+
+
+def _form(tensor: Tensor | None) -> str:
+    """What must agree between the weights of a file and those of a model, in words."""
+    if tensor is None:
+        return "nothing"
+    return f"{'numbers' if tensor.is_floating_point() else str(tensor.dtype)} of shape {tuple(tensor.shape)}"
 
 
 def _signature(name: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import struct
 import sys
 import tracemalloc
 
@@ -12,16 +13,19 @@ import torch
 
 from s4audio import audio
 from s4audio.audio import (
+    PCM_FORMATS,
     AudioError,
     band_limit,
     clipped_runs,
     find_audio,
+    from_pcm,
     list_folder,
     normalize,
     read_audio,
     read_blocks,
     resample,
     sample_rate_of,
+    to_pcm,
     write_audio,
     write_blocks,
 )
@@ -312,3 +316,18 @@ def test_band_limiting_keeps_the_length_and_what_is_below_half_the_kept_rate(len
     assert limited.shape == (1, length)
     if length > 1000:
         assert (limited - low)[0, 1000:-1000].abs().max() < 1e-3
+
+
+def test_raw_samples_are_read_and_written_as_struct_packs_them():
+    values = (0.0, 0.5, -1.0, 0.25)
+    wanted = torch.tensor([values])
+    torch.testing.assert_close(from_pcm(struct.pack("<4h", 0, 16384, -32768, 8192), "s16"), wanted, rtol=0, atol=0)
+    torch.testing.assert_close(from_pcm(struct.pack("<4f", *values), "f32"), wanted, rtol=0, atol=0)
+    assert to_pcm(wanted, "f32") == struct.pack("<4f", *values)
+    # as everywhere, 1 is written as 32,767; what is beyond full scale is clipped
+    assert to_pcm(torch.tensor([[1.0, -1.0, 2.0, -2.0, 0.5]]), "s16") == struct.pack(
+        "<5h", 32767, -32767, 32767, -32768, 16384
+    )
+    for sample_format in PCM_FORMATS:
+        with pytest.raises(AudioError, match="not finite"):
+            to_pcm(torch.tensor([[0.0, np.nan]]), sample_format)

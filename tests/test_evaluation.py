@@ -87,6 +87,23 @@ def test_checking_a_long_file_takes_no_more_memory(tmp_path):
     assert "20 files, 2 threads: " in told
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("minutes", [0.25, pytest.param(60, marks=pytest.mark.slow)])
+def test_an_hour_streams_in_flat_memory_as_forward_and_without_a_seam(model, tmp_path, minutes):
+    path = tmp_path / "hour.json"
+    run("bench/stream_hour.py", str(model), "--minutes", str(minutes), "--block", "1000", "--json", str(path))
+    found = json.loads(path.read_text())
+    for verb, tolerance in (("reconstruct", 1e-4), ("stream", 1e-5)):  # the first is rounded to 16 bits
+        resident = found[verb]["resident_mib"]
+        assert minutes < 1 or resident["minute_55"] < resident["minute_5"] + 8  # the hour itself, as numbers, is 55 MiB
+        windows, seams = found[verb]["windows"], found[verb]["seams"]
+        assert len(windows) == 3 and max(window["context"] for window in windows) < 1e-6
+        assert max(window["difference"] for window in windows) < tolerance
+        assert seams["largest_at_edges"] <= seams["largest_elsewhere"]
+        assert seams["share_of_draws_with_a_larger_step"] > 0.005
+    assert found["stream"]["seams"]["edges"] == 4 * 60 * minutes - 1
+
+
 def test_tables_of_the_readme_are_those_of_the_results():
     done = subprocess.run([sys.executable, "evaluation/tables.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

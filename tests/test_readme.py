@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import io
 import re
 import shlex
 import shutil
@@ -40,6 +41,22 @@ def test_python_block_of_the_readme_runs(block):
     assert names["latent"].shape == (1, 16, 1000)
 
 
+def stream(command: str, monkeypatch) -> int:
+    """The status of the `s4audio stream` in a line of the shell; of other commands only the formats are looked at."""
+    stages = command.split(" | ")
+    assert len(stages) == 1 or all("-f s16le -ac 1 -ar 16000 -" in stage for stage in (stages[0], stages[2]))
+    words = shlex.split(next(stage for stage in stages if stage.startswith("s4audio ")))
+    source, sink = (Path(words[words.index(way) + 1]) if way in words else None for way in "<>")
+    output = io.BytesIO()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(source.read_bytes() if source else bytes(1000))))
+        patch.setattr(sys, "stdout", io.TextIOWrapper(output))
+        status = main(words[1 : words.index("<") if source else None])
+        if sink:
+            sink.write_bytes(output.getvalue())
+    return status
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_commands_of_the_readme_run_in_their_order(tmp_path, monkeypatch):
     """Those of s4audio, with small recordings in the place of the reader's and one step in the place of many."""
@@ -57,8 +74,14 @@ def test_commands_of_the_readme_run_in_their_order(tmp_path, monkeypatch):
                     tmp_path / "CIFAR10" / split / str(label) / f"{index}.png"
                 )
     (tmp_path / "KEPT_BACK").symlink_to(tmp_path / "MY_RECORDINGS")
+    for name in ("FIRST.raw", "SECOND.raw"):
+        (tmp_path / name).write_bytes((3000 * tone[:3001]).astype("<i2").tobytes())
     ran = set()
     for command in COMMANDS:
+        if "s4audio stream" in command:
+            assert stream(command, monkeypatch) == 0, command
+            ran.add("stream")
+            continue
         program, *arguments = shlex.split(command, comments=True)
         if program != "s4audio" or arguments[0] == "demo":  # the demo has a test of its own
             continue
@@ -74,7 +97,9 @@ def test_commands_of_the_readme_run_in_their_order(tmp_path, monkeypatch):
             status = done.code
         assert status == 0, command
         ran.add(arguments[0])
-    assert {"check", "fit", "reconstruct", "generate", "evaluate", "info", "doctor"} <= ran
+    assert {"check", "fit", "reconstruct", "stream", "generate", "evaluate", "info", "doctor"} <= ran
+    outputs = [(tmp_path / name).stat().st_size // 2 for name in ("FIRST_OUT.raw", "SECOND_OUT.raw")]
+    assert outputs[0] == 2048 and sum(outputs) == 2 * 3001
     assert (tmp_path / "out.wav").exists() and (tmp_path / "runs" / "mine" / "report.html").exists()
 
 

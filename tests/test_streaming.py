@@ -26,6 +26,7 @@ from s4audio.layers import (
     Residual,
     S4Block,
 )
+from s4audio.models import advance_stream, begin_stream, finish_stream, stream_latency
 from s4audio.ssm import DISCRETIZATIONS, INITS
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -143,6 +144,59 @@ def test_autoencoder_streams_any_length_once_the_last_frame_is_filled(length):
     filled = torch.nn.functional.pad(audio, (0, model.hop_length - 1))
     streamed = in_blocks(model, filled, [1] * filled.shape[-1])[..., :length]
     torch.testing.assert_close(streamed, model(audio), rtol=0, atol=1e-9)
+
+
+def in_pieces(model: nn.Module, audio: Tensor, sizes: list[int], block: int | None) -> Tensor:
+    state, outputs = begin_stream(model), []
+    for piece in audio.split(sizes, dim=-1):
+        y, state = advance_stream(model, piece, state, block)
+        outputs.append(y)
+    return torch.cat([*outputs, finish_stream(model, state)], dim=-1)
+
+
+SHORT = 75
+PIECES = {"1": [1] * SHORT, "7": [7] * 10 + [5], "whole": [SHORT], "random": random_sizes(SHORT)}
+
+
+@pytest.mark.parametrize("block", [None, 1, 64])
+@pytest.mark.parametrize("sizes", PIECES.values(), ids=PIECES)
+def test_a_stream_in_pieces_is_forward(sizes, block):
+    model = make("CausalAutoencoder", torch.float64)
+    audio = torch.randn(CHANNELS, SHORT, dtype=torch.float64)
+    with torch.no_grad():
+        whole = model(audio.unsqueeze(0))[0]
+    torch.testing.assert_close(in_pieces(model, audio, sizes, block), whole, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("block", [4, 50])
+def test_a_stream_in_blocks_is_the_same_bit_for_bit_whatever_the_pieces(block):
+    model, audio = make("CausalAutoencoder", torch.float32), torch.randn(CHANNELS, SHORT)
+    whole = in_pieces(model, audio, [SHORT], block)
+    assert all(torch.equal(in_pieces(model, audio, sizes, block), whole) for sizes in PIECES.values())
+
+
+@pytest.mark.parametrize("block", [1, 4, 6, 50])
+def test_latency_is_what_a_sample_waits_at_most(block):
+    model, waits, given = make("CausalAutoencoder", torch.float32), [], 0
+    state = begin_stream(model)
+    for now in range(160):  # of blocks of 50 three, with which their place in the frames comes round
+        y, state = advance_stream(model, torch.zeros(CHANNELS, 1), state, block)
+        waits += [now - sample for sample in range(given, given + y.shape[-1])]
+        given += y.shape[-1]
+    assert max(waits) == stream_latency(model.hop_length, block)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@torch.no_grad()
+def test_a_frozen_layer_streams_the_same_bit_for_bit_and_forgets_later_parameters(name):
+    module, u = make(name, torch.float32), torch.randn(2, CHANNELS, LENGTH)
+    wanted = [in_blocks(module, u, sizes) for sizes in BLOCKS.values()]
+    module.freeze()
+    for parameter in module.parameters():
+        if parameter is not module.D:
+            parameter.zero_()
+    for _ in range(2):  # the second time with the operators of the first
+        assert all(map(torch.equal, (in_blocks(module, u, sizes) for sizes in BLOCKS.values()), wanted))
 
 
 @pytest.mark.parametrize("layer", [S4D, S4])

@@ -16,6 +16,7 @@ from s4audio.cli.fit import fit
 from s4audio.cli.generate import generate
 from s4audio.cli.info import info
 from s4audio.cli.reconstruct import reconstruct
+from s4audio.cli.stream import stream
 
 HELP = """s4audio trains models of raw audio on a folder of recordings, and makes sound with them.
 
@@ -24,6 +25,7 @@ HELP = """s4audio trains models of raw audio on a folder of recordings, and make
   s4audio fit --config RECIPE.yaml            train a model; given the same run folder again, go on where it stopped
   s4audio generate MODEL --from noise         make audio from noise, or from a recording with --from FILE
   s4audio reconstruct MODEL IN.wav OUT.wav    send a recording of any length through a model, block by block
+  s4audio stream MODEL                        raw samples from standard input through a model to standard output, live
   s4audio evaluate GENERATED REFERENCE        how close generated audio comes to recordings, and how sure that is
   s4audio info MODEL                          what a model is, how it was trained, and what it remembers for how long
   s4audio doctor                              check this installation, and say what is missing
@@ -35,7 +37,7 @@ First steps: `s4audio demo`; then, with recordings of your own,
   s4audio fit --config recipes/demo.yaml --train FOLDER --out runs/mine"""
 
 VERBS: dict[str, Callable[[list[str]], int | None]] = {
-    verb.__name__: verb for verb in (demo, check, fit, generate, reconstruct, evaluate, info, doctor)
+    verb.__name__: verb for verb in (demo, check, fit, generate, reconstruct, stream, evaluate, info, doctor)
 }
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -43,9 +45,9 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a verb; returns the exit status: 0, 2 for wrong input, 1 for what went wrong on the way."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show must not end a run
-            stream.reconfigure(errors="backslashreplace")
+    for file in (sys.stdout, sys.stderr):
+        if isinstance(file, io.TextIOWrapper):  # a name that the terminal cannot show must not end a run
+            file.reconfigure(errors="backslashreplace")
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP)
         return 0 if arguments else 2

@@ -31,6 +31,21 @@ def load_autoencoder(path: str, device: str = "cpu") -> Any:
     return model
 
 
+def load_streaming(path: str, verb: str, device: str = "cpu") -> Any:
+    """The model in a folder, for a verb that streams.
+
+    Raises:
+        ValueError: as `load_autoencoder`; or it cannot stream, or hears more than one channel.
+    """
+    model = load_autoencoder(path, device)
+    if not hasattr(model, "stream") or model.bidirectional:
+        why = "hears the future and " if hasattr(model, "stream") else ""
+        raise ValueError(f"{path} is a {type(model).__name__}, which {why}cannot stream; `s4audio generate` takes it.")
+    if model.channels != 1:
+        raise ValueError(f"the model has {model.channels} channels; {verb} takes models of 1 (mono).")
+    return model
+
+
 def shipped(name: str) -> Path:
     """A file or folder that comes with the package, such as recipes/demo.yaml.
 

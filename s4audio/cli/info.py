@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from s4audio import checkpoint, ssm
+from s4audio.card import describe_training
 from s4audio.cli.arguments import Parser
 from s4audio.layers import S4D
 
@@ -83,26 +84,6 @@ def describe(model: nn.Module) -> list[tuple[str, str]]:
             ("streams", f"yes, a sample waits for {1000 * (m.hop_length - 1) / m.sample_rate:.3g} ms at most"
                 if hasattr(model, "stream") else "no, it hears the future"),
         ]  # fmt: skip
-    return lines
-
-
-def describe_training(training: dict[str, Any]) -> list[tuple[str, str]]:
-    """How the model was trained, from its config.json, line by line."""
-    if "steps" not in training or not {"train_files", "train_images"} & set(training):
-        return [("training", "not recorded")]
-    minutes, device = training.get("wall_seconds", 0) / 60, training.get("device", "an unknown device")
-    lines = [("training", f"{training['steps']:,} steps in {minutes:.1f} min on {device}")]
-    if "train_images" in training:
-        lines.append(("images", f"{training['train_images']:,}; held out {training['valid_images']:,}"))
-    else:
-        read = f"{training['train_files']} files, {training['train_seconds'] / 60:.1f} min"
-        held = f"{training['valid_files']} files, {training['valid_seconds'] / 60:.1f} min"
-        lines.append(("recordings", f"{read}; held out {held}; level: {training['normalize']}"))
-    held_out = {k.removeprefix("valid/"): v for k, v in training.get("scores", {}).items() if k.startswith("valid/")}
-    if held_out:
-        clip = training.get("clip_seconds")
-        what = "images" if "train_images" in training else f"in clips of {clip:g} s" if clip else "whole files"
-        lines.append(("held out", ", ".join(f"{name} {value:.4g}" for name, value in held_out.items()) + f" ({what})"))
     return lines
 
 

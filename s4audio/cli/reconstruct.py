@@ -10,7 +10,7 @@ from torch import Tensor
 
 from s4audio import checkpoint
 from s4audio.audio import read_blocks, write_blocks
-from s4audio.cli.arguments import Parser, load_autoencoder
+from s4audio.cli.arguments import Parser, load_streaming
 from s4audio.models import stream_blocks
 
 
@@ -32,11 +32,7 @@ def reconstruct(arguments: list[str]) -> None:
         raise ValueError(f"{target} is not the name of a WAV file; what is written block by block is WAV.")
     if source.exists() and target.exists() and source.samefile(target):
         raise ValueError(f"{target} is the recording to read; choose another name for the output.")
-    model = load_autoencoder(args.model, args.device)
-    if not hasattr(model, "stream"):
-        raise ValueError(f"{args.model} is a {type(model).__name__}, which cannot stream; `s4audio generate` takes it.")
-    if model.channels != 1:
-        raise ValueError(f"the model has {model.channels} channels; reconstruct takes models of 1 (mono).")
+    model = load_streaming(args.model, "reconstruct", args.device)
     level = checkpoint.read_config(args.model)["training"].get("normalize", "none")
     num_samples, peak = _scan(source, model.sample_rate)
     scale = peak if level == "peak" and peak > 0 else 1.0

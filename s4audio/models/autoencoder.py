@@ -7,6 +7,7 @@
 Both are (batch, channels, samples) in and out, for every length, with `encode` and `decode` in between.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -133,6 +134,7 @@ class S4DAutoencoder(WaveformAutoencoder):
     ) -> None:
         super().__init__()
         check_losses(losses)
+        check_sample_rate(sample_rate)
         self.sample_rate, self.d_state, self.final_gelu, self.channels = sample_rate, d_state, final_gelu, channels
         self.losses, self.discretization, self.init = tuple(losses), discretization, init
         self.hop_length, self.latent_channels = 2, 2 * channels
@@ -226,6 +228,7 @@ class CausalAutoencoder(WaveformAutoencoder):
     ) -> None:
         super().__init__()
         check_losses(losses)
+        check_sample_rate(sample_rate)
         check_stages(widths, strides)
         depths = [num_blocks] * len(widths) if isinstance(num_blocks, int) else list(num_blocks)
         if len(depths) != len(widths):
@@ -321,7 +324,70 @@ class CausalAutoencoder(WaveformAutoencoder):
         return audio, AutoencoderState(encoder, decoder)
 
 
+class StreamState(NamedTuple):
+    """Where a stream stands between blocks: all that it takes to go on."""
+
+    model: AutoencoderState
+    waiting: Tensor  # (channels, samples) of an incomplete block
+    owed: int  # samples that the model has taken and not given back, since their frame is incomplete
+
+
+def begin_stream(model: CausalAutoencoder) -> StreamState:
+    """The state before the first sample.
+
+    Raises:
+        RuntimeError: the model cannot stream.
+    """
+    return StreamState(model.initial_state(1), model.latent_mean.new_zeros(model.channels, 0), 0)
+
+
 @torch.no_grad()
+def advance_stream(
+    model: CausalAutoencoder, audio: Tensor, state: StreamState, block: int | None = None
+) -> tuple[Tensor, StreamState]:
+    """The samples that are complete once `audio` has come in, and the state after it.
+
+    Args:
+        model: one that streams.
+        audio: (channels, samples), any number of them.
+        state: of `begin_stream`, or what the last call returned.
+        block: how many samples the model is given at a time; fewer wait in the state. Then the output is bit for bit the
+            same in whatever pieces the audio comes. None gives it what is there; then the output is the same to rounding.
+
+    Returns:
+        (channels, samples), none or many, that follow those of the last call; and the state.
+    """
+    waiting, after, outputs = torch.cat([state.waiting, audio], dim=-1), state.model, [audio[..., :0]]
+    taken = waiting.shape[-1] // block * block if block else waiting.shape[-1]
+    for piece in waiting[..., :taken].split(block or taken, dim=-1) if taken else ():
+        y, after = model.stream(piece.unsqueeze(0), after)
+        outputs.append(y[0])
+    output = torch.cat(outputs, dim=-1)
+    return output, StreamState(after, waiting[..., taken:].clone(), state.owed + taken - output.shape[-1])
+
+
+@torch.no_grad()
+def finish_stream(model: CausalAutoencoder, state: StreamState) -> Tensor:
+    """(channels, samples) that are still to come when the input has ended: with them the output is as long as the input."""
+    missing = state.owed + state.waiting.shape[-1]
+    if missing == 0:
+        return state.waiting
+    y, _ = model.stream(F.pad(state.waiting, (0, model.hop_length - 1)).unsqueeze(0), state.model)
+    return y[0, :, :missing]
+
+
+def stream_latency(hop_length: int, block: int) -> int:
+    """How many samples after itself a sample comes out, at most, of a stream in blocks of `block` samples.
+
+    It waits for the end of its frame, and the frame for the end of the block that this falls into.
+
+    Example:
+        >>> stream_latency(hop_length=16, block=1), stream_latency(hop_length=16, block=1024), stream_latency(16, 10)
+        (15, 1023, 23)
+    """
+    return hop_length - 1 + block - math.gcd(hop_length, block)
+
+
 def stream_blocks(model: CausalAutoencoder, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
     """`model` of a recording that comes in blocks (channels, samples) of any lengths; the output is as long as the input.
 
@@ -330,16 +396,14 @@ def stream_blocks(model: CausalAutoencoder, blocks: Iterable[Tensor]) -> Iterato
     Raises:
         RuntimeError: the model cannot stream.
     """
-    state, taken, given = model.initial_state(1), 0, 0
+    state = begin_stream(model)
     for block in blocks:
-        taken += block.shape[-1]
-        y, state = model.stream(block.unsqueeze(0), state)
-        given += y.shape[-1]
+        y, state = advance_stream(model, block, state)
         if y.shape[-1]:
-            yield y[0]
-    if given < taken:  # an incomplete last frame
-        y, _ = model.stream(block.new_zeros(1, block.shape[0], model.hop_length - 1), state)
-        yield y[0, :, : taken - given]
+            yield y
+    rest = finish_stream(model, state)
+    if rest.shape[-1]:
+        yield rest
 
 
 def check_losses(losses: Sequence[str]) -> None:
@@ -347,6 +411,12 @@ def check_losses(losses: Sequence[str]) -> None:
     unknown = [name for name in losses if name not in LOSSES]
     if unknown or not losses:
         raise ValueError(f"losses is {list(losses)}; wanted one or more of {', '.join(LOSSES)}.")
+
+
+def check_sample_rate(sample_rate: int) -> None:
+    """Raises: ValueError, if it is not a whole number of Hz."""
+    if not isinstance(sample_rate, int) or sample_rate < 1:
+        raise ValueError(f"sample_rate is {sample_rate!r}; wanted a whole number of Hz, at least 1.")
 
 
 def check_stages(widths: Sequence[int], strides: Sequence[int]) -> None:

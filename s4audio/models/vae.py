@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from s4audio.layers import ChannelNorm, Residual
 from s4audio.losses import LOSSES
-from s4audio.models.autoencoder import Generators, WaveformAutoencoder, check_losses, check_stages, noise
+from s4audio.models.autoencoder import Generators, WaveformAutoencoder, check_losses, check_sample_rate, check_stages, noise
 
 LOG_VARIANCE = (-12.0, 4.0)  # beyond these a posterior is a point or noise, and its exponential a danger
 
@@ -51,6 +51,7 @@ class ConvVAE(WaveformAutoencoder):
     ) -> None:
         super().__init__()
         check_losses(losses)
+        check_sample_rate(sample_rate)
         check_stages(widths, strides)
         if min(strides) < 2 or min(*widths, latent_channels, channels, num_blocks) < 1 or free_nats < 0:
             raise ValueError(

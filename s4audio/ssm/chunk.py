@@ -79,8 +79,11 @@ class Operators(NamedTuple):
     A_T: Carry  # state -> state over the chunk
 
 
-def run(system: DiagonalSystem | DPLRSystem, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """y (B, H, L) and the final state (H, B, S) from u (B, H, L) and the state x (H, B, S), all in one real dtype."""
+def run(system: DiagonalSystem | DPLRSystem, u: Tensor, x: Tensor, kept: dict | None = None) -> tuple[Tensor, Tensor]:
+    """y (B, H, L) and the final state (H, B, S) from u (B, H, L) and the state x (H, B, S), all in one real dtype.
+
+    Operators are looked for in `kept` before they are made, and kept there: one dictionary for one system.
+    """
     batch, channels, length = u.shape
     if length == 0:
         return u, x
@@ -88,10 +91,14 @@ def run(system: DiagonalSystem | DPLRSystem, u: Tensor, x: Tensor) -> tuple[Tens
         return run_varying(system, u, x, system.gap)
     T = chunk_length(length)
     num_chunks, rest = divmod(length, T)
-    if isinstance(system, DiagonalSystem):
+    if kept is not None and (T, u.dtype) in kept:
+        operators = kept[T, u.dtype]
+    elif isinstance(system, DiagonalSystem):
         operators = diagonal_operators(system, T, u.dtype)
     else:
         operators = dense_operators(system, T, u.dtype)
+    if kept is not None:
+        kept[T, u.dtype] = operators
     whole = u[..., : num_chunks * T].unflatten(-1, (num_chunks, T)).transpose(0, 1).flatten(1, 2)  # (H, B M, T)
     Z = torch.bmm(whole, operators.P).unflatten(1, (batch, num_chunks))  # (H, B, M, S)
     X, x = scan(operators.A_T, Z, x)

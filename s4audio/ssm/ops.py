@@ -59,7 +59,9 @@ def diagonal_system(
     return diagonal.diagonal_system(A, B, C, dt, discretization, rate, alpha, gap)
 
 
-def run(system: System, u: Tensor, state: Tensor | None = None, D: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def run(
+    system: System, u: Tensor, state: Tensor | None = None, D: Tensor | None = None, kept: dict | None = None
+) -> tuple[Tensor, Tensor]:
     """The system's output and final state.
 
     Args:
@@ -67,6 +69,7 @@ def run(system: System, u: Tensor, state: Tensor | None = None, D: Tensor | None
             multiplies in bfloat16 if u is, and sums in float32 (triton.py says how).
         state: (batch, H, N/2) complex, or (batch, H, N) real for real modes; zero if None.
         D: (H,), the skip term y + D u; none if None.
+        kept: where the plain engine keeps what it makes of the system, for the next call with the same one.
 
     Returns:
         y (batch, H, L) in u's dtype, and the state after the last sample.
@@ -85,7 +88,7 @@ def run(system: System, u: Tensor, state: Tensor | None = None, D: Tensor | None
         if _runs_fused(system, u):
             y, x = fused.run(system, u, x, D)
         else:
-            y, x = _run_plain(system, u, x, D)
+            y, x = _run_plain(system, u, x, D, kept)
         return y, _to_state(system, x)
 
 
@@ -144,11 +147,12 @@ def convolve(system: System, u: Tensor, D: Tensor | None = None, bidirectional: 
         return _skip(y, u, D)
 
 
-def _run_plain(system: System, u: Tensor, x: Tensor, D: Tensor | None) -> tuple[Tensor, Tensor]:
+def _run_plain(system: System, u: Tensor, x: Tensor, D: Tensor | None, kept: dict | None = None) -> tuple[Tensor, Tensor]:
     """By the engine in PyTorch or sample by sample, on the real state (H, batch, S)."""
     if _backend == "reference" or system.gap is not None:
         system = _of_each_channel(system)
-    y, x = (reference if _backend == "reference" else chunk).run(system, u.to(x.dtype), x)
+    exact = u.to(x.dtype)
+    y, x = reference.run(system, exact, x) if _backend == "reference" else chunk.run(system, exact, x, kept)
     return _skip(y.to(u.dtype), u, D), x
 
 

@@ -164,7 +164,8 @@ def test_the_best_model_survives_a_resume_from_before_it(tmp_path):
     save(model, out / "best", training={"scores": {"valid/loss": 1.0}})
     keeper = RunFolder(out, 10, {})
     trainer = types.SimpleNamespace(
-        global_step=10, sanity_checking=False, world_size=1, callback_metrics={"valid/loss": torch.tensor(2.0)}, accumulate_grad_batches=1,
+        global_step=10, sanity_checking=False, callback_metrics={"valid/loss": torch.tensor(2.0)}, world_size=1,
+        accumulate_grad_batches=1,
         strategy=types.SimpleNamespace(root_device=torch.device("cpu")),
         fit_loop=types.SimpleNamespace(epoch_loop=types.SimpleNamespace(total_batch_idx=9)),
     )  # fmt: skip

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from s4audio import S4D, CausalAutoencoder, S4DAutoencoder
+from s4audio import S4D, CausalAutoencoder, ConvVAE, S4DAutoencoder
 from s4audio.models.autoencoder import noise, stream_blocks
 
 
@@ -130,6 +130,13 @@ def test_a_small_autoencoder_learns_a_tone():
 def test_wrong_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         causal(**arguments)
+
+
+@pytest.mark.parametrize("rate", [0, -8000, 8000.0, "8000", None])
+@pytest.mark.parametrize("model", [CausalAutoencoder, ConvVAE, S4DAutoencoder])
+def test_a_sample_rate_is_a_whole_number_of_hz(model, rate):
+    with pytest.raises(ValueError, match=f"sample_rate is {rate!r}; wanted a whole number of Hz, at least 1"):
+        model(rate)
 
 
 @pytest.mark.parametrize("lengths", [[1], [6], [7, 1, 5, 6, 30], [0, 3, 0, 2], [100, 1]])
