@@ -105,6 +105,22 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     return model.to(device).eval()
 
 
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Gives a model the weights of the one in a folder.
+
+    Raises:
+        CheckpointError: as `load`; or that is another kind of model, or one of another size.
+    """
+    other, wanted = load(path).state_dict(), model.state_dict()
+    for name in sorted(wanted.keys() | other.keys()):
+        if _form(wanted.get(name)) != _form(other.get(name)):
+            raise CheckpointError(
+                f"the model in {path} is another than the {type(model).__name__} of the recipe: it has "
+                f"{_form(other.get(name))} where {_form(wanted.get(name))} is wanted as {name}."
+            )
+    model.load_state_dict(other)
+
+
 def read_config(path: str | Path) -> dict[str, Any]:
     """config.json of a model folder, checked: `class`, `arguments` and `training`.
 

@@ -17,12 +17,14 @@ from s4audio.cli.generate import generate
 from s4audio.cli.info import info
 from s4audio.cli.reconstruct import reconstruct
 from s4audio.cli.stream import stream
+from s4audio.cli.train import train
 
 HELP = """s4audio trains models of raw audio on a folder of recordings, and makes sound with them.
 
   s4audio demo                                see and hear it all: trains a small model on the clips that come with it
   s4audio check FOLDER                        what training will make of a folder: what it uses, and why not the rest
-  s4audio fit --config RECIPE.yaml            train a model; given the same run folder again, go on where it stopped
+  s4audio train FOLDER                        a model of your recordings, with sounds, scores and a page, in one command
+  s4audio fit --config RECIPE.yaml            train what a recipe says; given the same run folder again, go on where it stopped
   s4audio generate MODEL --from noise         make audio from noise, or from a recording with --from FILE
   s4audio reconstruct MODEL IN.wav OUT.wav    send a recording of any length through a model, block by block
   s4audio stream MODEL                        raw samples from standard input through a model to standard output, live
@@ -34,10 +36,10 @@ A MODEL is a folder that training wrote, such as runs/NAME/best. `s4audio VERB -
 
 First steps: `s4audio demo`; then, with recordings of your own,
   s4audio check FOLDER
-  s4audio fit --config recipes/demo.yaml --train FOLDER --out runs/mine"""
+  s4audio train FOLDER --minutes 10"""
 
 VERBS: dict[str, Callable[[list[str]], int | None]] = {
-    verb.__name__: verb for verb in (demo, check, fit, generate, reconstruct, stream, evaluate, info, doctor)
+    verb.__name__: verb for verb in (demo, check, train, fit, generate, reconstruct, stream, evaluate, info, doctor)
 }
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

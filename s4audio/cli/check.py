@@ -36,22 +36,31 @@ def check(arguments: list[str]) -> None:
     args = parser.parse_args(arguments)
     if args.workers is not None and args.workers < 1:
         raise ValueError(f"--workers is {args.workers}; wanted at least 1.")
-    out, data = Path(args.out), Path(args.folder).resolve()
+    report_folder(args.folder, Path(args.out), args.workers)
+    print(f"train on it: s4audio train {shlex.quote(args.folder)}")
+
+
+def report_folder(folder: str, out: Path, workers: int | None = None) -> None:
+    """Prints what a folder holds, and writes rejects.csv and check.json into `out`.
+
+    Raises:
+        ValueError: nothing in it can be used; or `out` is inside it.
+    """
+    data = Path(folder).resolve()
     if data in (out.resolve(), *out.resolve().parents):
-        raise ValueError(f"{out} is inside {args.folder}, where nothing is written; choose another folder with --out.")
+        raise ValueError(f"{out} is inside {folder}, where nothing is written; choose another folder with --out.")
     rejects, report = out / "rejects.csv", out / "check.json"
     for file in (rejects, report):
         check_place(file)
     with progress_bar() as bar:
-        files = check_folder(args.folder, args.workers, lambda done, total: bar("reading", done, total))
+        files = check_folder(folder, workers, lambda done, total: bar("reading", done, total))
     found = summarize(files)
-    _print(args.folder, files, found)
+    _print(folder, files, found)
     _write_rejects(rejects, files)
-    write_json(str(report), {"folder": args.folder, **found})
+    write_json(str(report), {"folder": folder, **found})
     print(f"\nwhy each is left out: {rejects}; all that was measured: {report}")
     if found["kept"] == 0:
-        raise ValueError(f"none of the {found['found']} files in {args.folder} can be used; {rejects} says why of each.")
-    print(f"train on it: s4audio fit --config recipes/demo.yaml --train {shlex.quote(args.folder)} --out runs/mine")
+        raise ValueError(f"none of the {found['found']} files in {folder} can be used; {rejects} says why of each.")
 
 
 def _print(folder: str, files: list[CheckedFile], found: dict[str, Any]) -> None:

@@ -124,11 +124,11 @@ def _score(args: argparse.Namespace) -> None:
     for warning in _warnings_of_notes(args, provenance["embedding"]["sha256"], models, unreadable, of_reference):
         scores["warnings"].insert(0, warning)
     print(_heading(scores))
-    print_table(_table(scores))
-    print(f"\n{_verdict(scores)}")
+    print_table(score_table(scores))
+    print(f"\n{verdict(scores)}")
     if "paired" in scores:
         print()
-        print_table(_paired_table(scores["paired"]))
+        print_table(paired_table(scores["paired"]))
     if "memorization" in scores:
         print(f"\n{_bound(scores['train_against_reference'])}\n{_memorization(scores['memorization'])}")
     for warning in [*scores["warnings"], *filter(None, [scores.get("fid_infinity_reason")])]:
@@ -221,7 +221,7 @@ def _heading(scores: dict[str, Any]) -> str:
     )
 
 
-def _table(scores: dict[str, Any]) -> list[tuple[str, ...]]:
+def score_table(scores: dict[str, Any]) -> list[tuple[str, ...]]:
     """The scores beside the floor, as rows; the surer of KAD and FID∞ comes first."""
     at_n, floor = scores["at_equal_n"] or {}, scores["floor"] or {}
     n = f"{at_n['clips']} clips a side" if at_n else ""
@@ -238,12 +238,12 @@ def _table(scores: dict[str, Any]) -> list[tuple[str, ...]]:
     return [("", "score", "95 % range", "real against real"), *rows]
 
 
-def _paired_table(paired: dict[str, Any]) -> list[tuple[str, ...]]:
+def paired_table(paired: dict[str, Any]) -> list[tuple[str, ...]]:
     rows = [(name, _number(paired[key]), _range(paired.get(f"{key}_interval"))) for key, name in PAIRED.items()]
     return [(f"{paired['pairs']} pairs, mean", "", "95 % interval"), *rows]
 
 
-def _verdict(scores: dict[str, Any]) -> str:
+def verdict(scores: dict[str, Any]) -> str:
     p, paired = scores["verdict"]["p_value"], scores["provenance"]["paired"]
     what = "The reconstructions can" if paired else "The generated clips can"
     other = "their originals" if paired else "the reference"
@@ -323,17 +323,17 @@ def _write_report(path: Path, evaluation: Evaluation) -> None:
                 *(f"{warning[0].upper()}{warning[1:]}" for warning in scores["warnings"]),
                 *filter(None, [scores.get("fid_infinity_reason")]),
             ],
-            table=_table(scores),
+            table=score_table(scores),
             figures=_figures(evaluation),
         ),
     ]  # fmt: skip
     if "paired" in scores:
-        sections += [Section("File by file", table=_paired_table(scores["paired"])), _worst_pairs(scores["paired"])]
+        sections += [Section("File by file", table=paired_table(scores["paired"])), _worst_pairs(scores["paired"])]
     if evaluation.train is not None and evaluation.to_train is not None:
         sections.append(_memorization_section(evaluation))
     sections.append(Section("How it was measured", table=[("", ""), *_flat(provenance)]))
     sets = " against ".join(f"{provenance[r]['clips']} clips in {scores['folders'][r]}" for r in ("generated", "reference"))
-    lead = f"{_verdict(scores)} {sets}, heard by {provenance['embedding']['name']}."
+    lead = f"{verdict(scores)} {sets}, heard by {provenance['embedding']['name']}."
     write_page(path, "How close does it come?", lead, sections)
 
 

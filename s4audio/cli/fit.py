@@ -42,6 +42,7 @@ Trains what a recipe says.
   --steps N                    length of the training
   --trainer.accelerator cpu    the CPU, also where there is a GPU
   --save_every N               steps between checkpoints
+  --from_model MODEL           begin with the weights of a model of the same kind and size
   --on-nan skip                leave out an update whose loss or gradient is no number, in place of stopping there
   --print_config               the whole recipe as it would run, and nothing else
 
@@ -55,57 +56,82 @@ DATA_HINTS = {  # options that are right for the other kind of data
     "valid": "; images are given with --root FOLDER",
     "root": "; recordings are given with --train FOLDER",
 }
-FREE_KEYS = {"cache", "compile", "cuda_graph", "on_nan"}  # of a recipe: they may change while a run goes on
+FREE_KEYS = {"cache", "compile", "cuda_graph", "decay_steps", "on_nan"}  # of a recipe: they may change while a run goes on
+CHECK = "check"  # in a run folder: what `check` said of its recordings
 
 
 def fit(arguments: list[str]) -> None:
     """Trains what a recipe says, or goes on with the run that is already in its folder."""
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
-    from s4audio.tasks.callbacks import TRAINER_CHECKPOINT
-
-    # Lightning's notes on hardware, loggers and worker counts are not for the person who waits for a sound.
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning")
     if {"-h", "--help"} & set(arguments):
         print(HELP)
         return
     if not any(argument.startswith(("--config", "-c", "--help-all", "--print_config")) for argument in arguments):
         raise ValueError("fit needs a recipe, for example: s4audio fit --config recipes/demo.yaml --train FOLDER")
+    run = read_recipe(arguments)
+    if not train_run(run, arguments):
+        return
+    out, kind = Path(run.config["out"]), _kind(run.model)
+    closing = kind.finish(out, run.datamodule)
+    best = checkpoint.read_config(out / "best")["training"]
+    validated = "valid/loss" in best["scores"]
+    chosen = (
+        f"step {best['steps']}, best on the held-out {kind.ITEMS}" if validated else f"not scored on held-out {kind.ITEMS}"
+    )
+    print(f"\nmodel:    {out / 'best'} ({chosen}) and {out / 'last'}")
+    print(f"page:     {out / PAGE}, to open in a browser")
+    print(f"curves:   tensorboard --logdir {out}")
+    print(*closing, sep="\n")
+
+
+def read_recipe(arguments: list[str]) -> Any:
+    """The trainer, the task (`model`), the data (`datamodule`) and the `config` of a run, by fit's arguments; data is read.
+
+    Raises:
+        ValueError: something in them is wrong.
+    """
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    # Lightning's notes on hardware, loggers and worker counts are not for the person who waits for a sound.
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")
     try:
-        cli = _recipe_cli(_in_full(arguments))
+        return _recipe_cli(_in_full(arguments))
     except (MisconfigurationException, ImportError) as error:  # ImportError: hardware whose own package is missing
         raise ValueError(f"the trainer refuses the recipe: {error}") from error
-    out = Path(cli.config["out"])
-    kind = _kind(cli.model)
+
+
+def train_run(run: Any, arguments: list[str]) -> bool:
+    """Trains what `read_recipe` gave, or goes on with the run in its folder; whether its page is still to be written."""
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    from s4audio.tasks.callbacks import TRAINER_CHECKPOINT
+
+    out, kind, trainer = Path(run.config["out"]), _kind(run.model), run.trainer
     if not _is_first():
-        _take_part(cli, out / TRAINER_CHECKPOINT)
-        return
-    print(*kind.announce(cli.datamodule), sep="\n")
-    recipe = yaml.safe_load(cli.parser.dump(cli.config, skip_validation=True))
+        _take_part(run, out / TRAINER_CHECKPOINT)
+        return False
+    print(*kind.announce(run.datamodule), sep="\n")
+    recipe = yaml.safe_load(run.parser.dump(run.config, skip_validation=True))
     resume, steps, stopped_early = _last_checkpoint(out)
     if resume:
         _refuse_another_recipe(recipe, out / "recipe.yaml")
-        print(f"{out} holds a run of {steps} steps; going on from there to {cli.trainer.max_steps}.")
-        if stopped_early or 0 <= cli.trainer.max_steps <= steps:
+        print(f"{out} holds a run of {steps} steps; going on from there to {trainer.max_steps}.")
+        if stopped_early or 0 <= trainer.max_steps <= steps:
             extended = "It stopped early, when it gained no more" if stopped_early else "A larger --steps extends it"
             print(f"It is finished; nothing was changed. {extended}.")
-            if not (out / PAGE).exists() or (out / PAGE).stat().st_mtime < resume.stat().st_mtime:
-                kind.finish(out, cli.datamodule)
-                print(f"page:     {out / PAGE}")
-            return
+            return not (out / PAGE).exists() or (out / PAGE).stat().st_mtime < resume.stat().st_mtime
         if resume.name != TRAINER_CHECKPOINT:
             resume = resume.replace(out / TRAINER_CHECKPOINT)  # in the place of the damaged one
     elif (out / "recipe.yaml").exists():
         print(f"{out} holds a run that was stopped before its first checkpoint; it begins anew.")
-    elif out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
+    elif out.is_dir() and any(not path.name.startswith(".") and path.name != CHECK for path in out.iterdir()):
         raise ValueError(f"{out} holds files that are no run of s4audio; choose a new folder with --out.")
     with replacing(out / "recipe.yaml", durable=True) as file:
         file.write(yaml.safe_dump(recipe, sort_keys=False).encode())
     try:
-        with _quiet_threads(), _repeatable(arguments, cli.trainer):
-            cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=resume, weights_only=True)
+        with _quiet_threads(), _repeatable(arguments, trainer):
+            trainer.fit(run.model, run.datamodule, ckpt_path=resume, weights_only=True)
     except MisconfigurationException as error:
         raise ValueError(f"the trainer refuses the recipe: {error}") from error
     except SystemExit:  # what Lightning makes of Ctrl-C, after the run folder has saved
@@ -116,16 +142,7 @@ def fit(arguments: list[str]) -> None:
         else:
             print("\nstopped before anything was saved; the same command begins anew.")
         raise SystemExit(130) from None
-    closing = kind.finish(out, cli.datamodule)
-    best = checkpoint.read_config(out / "best")["training"]
-    validated = "valid/loss" in best["scores"]
-    chosen = (
-        f"step {best['steps']}, best on the held-out {kind.ITEMS}" if validated else f"not scored on held-out {kind.ITEMS}"
-    )
-    print(f"\nmodel:    {out / 'best'} ({chosen}) and {out / 'last'}")
-    print(f"page:     {out / PAGE}, to open in a browser")
-    print(f"curves:   tensorboard --logdir {out}")
-    print(*closing, sep="\n")
+    return True
 
 
 def _is_first() -> bool:
@@ -204,16 +221,16 @@ def _in_full(arguments: list[str]) -> list[str]:
     for argument in arguments:
         option, equals, value = argument.partition("=")
         if full and full[-1] in ("--config", "-c"):
-            argument = str(_recipe_file(argument))
+            argument = str(recipe_file(argument))
         elif option in ("--config", "-c") and equals:
-            argument = f"{option}={_recipe_file(value)}"
+            argument = f"{option}={recipe_file(value)}"
         elif option in SHORT:
             argument = SHORT[option] + equals + value
         full.append("--help" if argument == "--help-all" else argument)
     return full
 
 
-def _recipe_file(name: str) -> Path:
+def recipe_file(name: str) -> Path:
     """The recipe, or the one of this name that comes with the package if there is no such file here."""
     path = Path(name)
     if not path.exists():
@@ -248,6 +265,9 @@ def _recipe_cli(arguments: list[str]) -> Any:
                 "--out", type=str, required=True, help="run folder; if it holds a run already, that run goes on"
             )
             parser.add_argument("--save_every", type=int, default=500, help="steps between checkpoints")
+            parser.add_argument(
+                "--from_model", type=str | None, default=None, help="begin with the weights of the model in this folder"
+            )
 
         def instantiate_classes(self) -> None:
             """Adds what the run writes and shows to the trainer that the recipe describes."""
@@ -267,6 +287,8 @@ def _recipe_cli(arguments: list[str]) -> Any:
             self.datamodule, self.model = self.config_init["data"], self.config_init["model"]
             data, model, kind = self.datamodule, self.model.model, _kind(self.model)
             kind.check(model, data)
+            if self.config["from_model"]:
+                checkpoint.load_weights(model, self.config["from_model"])
             data.setup()
             kind.prepare(model, data)
             progress = Progress(lambda batch: kind.size(batch, data) * self.trainer.world_size, kind.UNIT)

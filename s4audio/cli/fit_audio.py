@@ -1,6 +1,6 @@
 """What `s4audio fit` checks, says and shows when it trains a generator of audio."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,21 +89,22 @@ def stopped(out: Path) -> list[str]:
     return [f"listen:   s4audio generate {out / 'last'} --from MY_RECORDING.wav"]
 
 
-def finish(out: Path, data: AudioFolder | AudioShards) -> list[str]:
-    """Writes the page of a finished run; returns what to do with it."""
+def finish(out: Path, data: AudioFolder | AudioShards, scores: Sequence[Section] = ()) -> list[str]:
+    """Writes the page of a finished run, with its scores if there are any; returns what to do with it."""
     lead = "A model of raw audio, and what it makes of recordings that it was not trained on."
     held_out = dict(zip(data.valid_names, data.valid_clips, strict=True))
-    write_page(out / PAGE, f"The run {out.name}", lead, _sections(out, held_out))
+    write_page(out / PAGE, f"The run {out.name}", lead, _sections(out, held_out, scores))
     return [f"listen:   s4audio generate {out / 'best'} --from MY_RECORDING.wav"]
 
 
 @torch.no_grad()
-def _sections(out: Path, held_out: dict[str, Tensor]) -> list[Section]:
+def _sections(out: Path, held_out: dict[str, Tensor], scores: Sequence[Section]) -> list[Section]:
     """What a finished run has to show: sounds, figures, curves, poles and what to type next.
 
     Args:
         out: the run folder.
         held_out: name -> recording (1, T) at the model's rate and level.
+        scores: sections that come after the sounds.
     """
     model: Any = checkpoint.load(out / "best")
     training, rate = checkpoint.read_config(out / "best")["training"], model.sample_rate
@@ -120,6 +121,7 @@ def _sections(out: Path, held_out: dict[str, Tensor]) -> list[Section]:
             "From noise", ["A latent of noise alone, decoded: a model that learned sound frame by frame gives texture."],
             clips=[Clip("a random latent", sample, rate)],
         ),
+        *scores,
         Section("The model", table=facts),
         training_section(out),
         *([memory_section(model)] if memories(model) else []),

@@ -1,0 +1,216 @@
+"""`s4audio train`: from a folder of recordings to a model, a few sounds, scores and a page, in one command."""
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import yaml
+
+from s4audio import checkpoint
+from s4audio.audio import write_audio
+from s4audio.cli import fit_audio
+from s4audio.cli.arguments import Parser
+from s4audio.cli.check import report_folder
+from s4audio.cli.evaluate import evaluate, paired_table, score_table, verdict
+from s4audio.cli.fit import CHECK, read_recipe, recipe_file, train_run
+from s4audio.cli.generate import generate
+from s4audio.cli.run_page import PAGE
+from s4audio.report import Section
+
+RECIPE = "recipe.yaml"  # of a run
+PILOT_STEPS, WARM_UP_STEPS = 16, 6  # that show how long a step takes, and those of them that are not counted
+CLOSING_SECONDS = 30.0  # of --minutes, kept for the sounds, the scores and the page
+VALIDATIONS = 8  # in a run
+NOISE_CLIPS, NOISE_SECONDS = 4, 5.0
+HELD_OUT_CLIPS, HELD_OUT_SECONDS = 8, 10.0
+SCORED = {  # folder of sounds -> what it is, and its file of scores
+    "reconstructed": ("Held-out recordings through the model, against themselves", "scores.json"),
+    "noise": ("Sounds from noise, against held-out recordings", "scores_noise.json"),
+}
+
+
+def train(arguments: list[str]) -> None:
+    """Checks the folder, trains, makes a few sounds, scores them and writes the page; or goes on where that stopped."""
+    parser = Parser(
+        prog="s4audio train",
+        description="From a folder of recordings to a model. Checks the recordings, prepares a cache, trains, keeps the "
+        "model that is best on held-out recordings, makes sounds from noise and from held-out recordings, scores them, and "
+        "writes OUT/report.html. The same command goes on where it was stopped; a larger --steps extends a run. `s4audio "
+        "fit` has all other settings.",
+    )
+    parser.add_argument("folder", help="folder of recordings, searched in subfolders too, or one file")
+    parser.add_argument("--recipe", help="a recipe's name or file (default autoencoder_16k on a GPU, else demo)")
+    parser.add_argument("--from-model", metavar="MODEL", help="begin with the weights of this model, and with its size")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=float, help="take about this long, all in all; planned at the start")
+    length.add_argument("--steps", type=int, help="length of the training (default: the recipe's)")
+    parser.add_argument("--valid", metavar="FOLDER", help="recordings to score on (default: some of the others)")
+    parser.add_argument("--out", help="the run folder (default runs/ and the folder's name)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is a GPU")
+    parser.add_argument("--on-nan", choices=["stop", "skip"], help="what a loss that is no number does (default stop)")
+    args = parser.parse_args(arguments)
+    began = time.monotonic()
+    if args.minutes is not None and not 0.5 <= args.minutes < math.inf:
+        raise ValueError(f"--minutes is {args.minutes:g}; wanted half a minute or more.")
+    if args.steps is not None and args.steps < 1:
+        raise ValueError(f"--steps is {args.steps}; wanted at least 1.")
+    out = Path(args.out or Path("runs") / Path(args.folder).resolve().stem)
+    if (out / RECIPE).exists():
+        options = _of_the_run(out, args)
+        run = read_recipe(options)
+    else:
+        options = _of_a_new_run(out, args)
+        report_folder(args.folder, out / CHECK)
+        run = read_recipe(options)
+        if args.minutes is not None:
+            options += _planned(options, 60 * args.minutes - (time.monotonic() - began))
+            run = read_recipe(options)
+    if train_run(run, options):
+        _make_sounds(out, run.datamodule)
+        fit_audio.finish(out, run.datamodule, _scores(out))
+    best = checkpoint.read_config(out / "best")["training"]
+    print(f"\nmodel:    {out / 'best'} (step {best['steps']}, best on what was held out) and {out / 'last'}")
+    print(f"sounds:   {out / 'sounds'}, from noise and of what was held out")
+    print(f"page:     {out / PAGE}, to open in a browser: sounds, scores, curves")
+    print(f"next:     s4audio generate {out / 'best'} --from MY_RECORDING.wav --variation 0.1")
+
+
+def _of_a_new_run(out: Path, args: argparse.Namespace) -> list[str]:
+    """The options of `fit`."""
+    recipe = args.recipe or ("autoencoder_16k" if torch.cuda.is_available() and args.device != "cpu" else "demo")
+    file = recipe_file(recipe if recipe.endswith((".yaml", ".yml")) else f"recipes/{recipe}.yaml")
+    contents = yaml.safe_load(file.read_text(encoding="utf-8"))
+    try:
+        contents["data"]["init_args"]["sample_rate"], contents["model"]["init_args"]["model"]
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{recipe} does not train on a folder of recordings; choose another --recipe.") from error
+    print(f"recipe:   {file.stem}" + ("" if args.recipe else ", since none was named"))
+    options = ["--config", str(file), "--train", args.folder, "--out", str(out)]
+    options += _given("--valid", args.valid) + _given("--on-nan", args.on_nan)
+    if args.device:
+        options += ["--trainer.accelerator", args.device]
+    if args.steps:
+        options += _length(args.steps)
+    if args.from_model:
+        config = checkpoint.read_config(args.from_model)
+        model = {"class_path": f"s4audio.models.{config['class']}", "init_args": config["arguments"]}
+        options += ["--model.init_args.model", json.dumps(model), "--from_model", args.from_model]
+        options += _given("--data.init_args.sample_rate", config["arguments"].get("sample_rate"))
+        options += _given("--data.init_args.normalize", config["training"].get("normalize"))
+    return options
+
+
+def _of_the_run(out: Path, args: argparse.Namespace) -> list[str]:
+    """The options of `fit` that go on with a run as it began.
+
+    Raises:
+        ValueError: it was another run.
+    """
+    recipe = yaml.safe_load((out / RECIPE).read_text())
+    began_with = recipe["data"]["init_args"]["train"]
+    if Path(began_with).resolve() != Path(args.folder).resolve():
+        raise ValueError(f"{out} holds a run on {began_with}; choose a new folder with --out for {args.folder}.")
+    options = ["--config", str(out / RECIPE), *_given("--on-nan", args.on_nan)]
+    if args.minutes is not None:
+        print(f"{out} was planned for {recipe['trainer']['max_steps']} steps, which stays; --steps extends it.")
+    elif args.steps:
+        options += _length(args.steps)
+    return options
+
+
+def _given(option: str, value: Any) -> list[str]:
+    return [] if value is None else [option, str(value)]
+
+
+def _length(steps: int, validations: int = VALIDATIONS) -> list[str]:
+    """So many steps, with the learning rates down at the end and a few validations on the way."""
+    every = max(1, steps // validations)
+    return [
+        "--steps", str(steps), "--model.init_args.decay_steps", str(steps), "--trainer.val_check_interval", str(every),
+        "--save_every", str(every),
+    ]  # fmt: skip
+
+
+class _Stopwatch(lightning.Callback):
+    """How long steps and a validation take."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.validation_began = self.validation = 0.0
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.synchronize()
+        self.times.append(time.monotonic())
+
+    def on_validation_start(self, *_: Any) -> None:
+        self.validation_began = time.monotonic()
+
+    def on_validation_end(self, *_: Any) -> None:
+        self.validation = time.monotonic() - self.validation_began
+
+
+def _planned(options: list[str], seconds: float) -> list[str]:
+    """The options for as many steps as fit into so many seconds, by the time that a few of them take."""
+    from s4audio.tasks.callbacks import Progress
+
+    print("measuring how long a step takes", flush=True)
+    began, watch = time.monotonic(), _Stopwatch()
+    with tempfile.TemporaryDirectory() as pilot:
+        run = read_recipe([*options, *_length(PILOT_STEPS, validations=1), "--out", pilot])
+        run.trainer.callbacks = [*(c for c in run.trainer.callbacks if not isinstance(c, Progress)), watch]
+        run.trainer.fit(run.model, run.datamodule)
+    counted = watch.times[WARM_UP_STEPS:]
+    step = (counted[-1] - counted[0]) / (len(counted) - 1)
+    left = seconds - (time.monotonic() - began) - CLOSING_SECONDS - VALIDATIONS * watch.validation
+    steps = max(PILOT_STEPS, int(left / step))
+    print(f"a step takes {1e3 * step:.0f} ms and a validation {watch.validation:.1f} s: {steps} steps")
+    return _length(steps)
+
+
+def _make_sounds(out: Path, data: Any) -> None:
+    """Writes OUT/sounds: held-out recordings, what the model makes of them, and of noise; and the scores of both."""
+    model, sounds, rate = str(out / "best"), out / "sounds", data.sample_rate
+    shutil.rmtree(sounds, ignore_errors=True)
+    print("\nmaking sounds and scoring them", flush=True)
+    for number, (name, audio) in enumerate(list(zip(data.valid_names, data.valid_clips, strict=True))[:HELD_OUT_CLIPS]):
+        readable = "".join(c if c.isalnum() or c in "-_" else "_" for c in Path(name).stem)[:40]
+        clip = audio[..., : round(HELD_OUT_SECONDS * rate)]
+        write_audio(sounds / "held_out" / f"{number:02d}_{readable}.wav", clip, rate)
+    normalize = ["--normalize", data.normalize]
+    with contextlib.redirect_stdout(io.StringIO()):  # the names of all files
+        generate([model, "--from", str(sounds / "held_out"), "--out", str(sounds / "reconstructed"), *normalize])
+        generate(
+            [model, "--from", "noise", "--num", str(NOISE_CLIPS), "--seconds", str(NOISE_SECONDS), "--out",
+             str(sounds / "noise")]
+        )  # fmt: skip
+    for folder, (what, file) in SCORED.items():
+        (out / file).unlink(missing_ok=True)
+        paired = ["--paired"] if folder == "reconstructed" else []
+        print(f"\n{what}")
+        try:
+            evaluate([str(sounds / folder), str(sounds / "held_out"), "--json", str(out / file), *paired])
+        except ValueError as error:  # too few or too short
+            print(f"not scored: {error}")
+
+
+def _scores(out: Path) -> list[Section]:
+    """For the page: the scores that there are, and the sounds from noise."""
+    sections = []
+    for what, file in SCORED.values():
+        if (out / file).exists():
+            scores = json.loads((out / file).read_text())
+            rows = score_table(scores)
+            sections.append(Section(what, [verdict(scores)], table=rows))
+            if "paired" in scores:
+                sections.append(Section("Pair by pair", table=paired_table(scores["paired"])))
+    return sections
