@@ -5,12 +5,13 @@ import logging
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -183,6 +184,8 @@ def _take_part(cli: Any, resume: Path) -> None:
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=str(resume) if resume.exists() else None, weights_only=True)
     except DivergenceError:  # the first one says it too
         raise SystemExit(1) from None
+    finally:
+        _leave()
 
 
 @contextmanager
@@ -195,20 +198,29 @@ def _repeatable(arguments: list[str], trainer: Any) -> Iterator[None]:
     before = sys.argv, main.__spec__, dict(os.environ)
     if trainer.world_size > 1:
         sys.argv, main.__spec__ = [sys.argv[0], "fit", *arguments], find_spec("s4audio.__main__")
+    finished = False
     try:
         yield
+        finished = True
     finally:
         sys.argv, main.__spec__ = before[:2]
         others = list(getattr(trainer.strategy.launcher, "procs", []))
         if others:
             trainer.strategy.launcher.procs.clear()  # Lightning would kill this process too
         for process in others:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(10 if finished else 0)
             process.kill()
             process.wait()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        _leave()
         for key in os.environ.keys() - before[2].keys():  # the address of the others
             del os.environ[key]
+
+
+def _leave() -> None:
+    """Ends the talk between devices."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _in_full(arguments: list[str]) -> list[str]:

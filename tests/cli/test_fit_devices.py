@@ -82,6 +82,8 @@ loss.backward()
 with torch.no_grad():
     alone = multi_resolution_stft(share, reference[2 * rank : 2 * rank + 2])
 torch.save((loss.detach(), share.grad / 2, alone), f"{path}/{rank}.pt")  # the trainer averages over two
+dist.barrier()
+dist.destroy_process_group()
 """
 
 
