@@ -24,7 +24,7 @@ HELP = """s4audio trains models of raw audio on a folder of recordings, and make
   s4audio demo                                see and hear it all: trains a small model on the clips that come with it
   s4audio check FOLDER                        what training will make of a folder: what it uses, and why not the rest
   s4audio train FOLDER                        a model of your recordings, with sounds, scores and a page, in one command
-  s4audio fit --config RECIPE.yaml            train what a recipe says; given the same run folder again, go on where it stopped
+  s4audio fit --config RECIPE.yaml            train what a recipe says; the same command goes on where it stopped
   s4audio generate MODEL --from noise         make audio from noise, or from a recording with --from FILE
   s4audio reconstruct MODEL IN.wav OUT.wav    send a recording of any length through a model, block by block
   s4audio stream MODEL                        raw samples from standard input through a model to standard output, live

@@ -59,7 +59,7 @@ def next_commands(model: torch.nn.Module, path: Path) -> list[tuple[str, str]]:
             "s4audio evaluate reconstructed MY_RECORDINGS --paired --report score"),
         ("Look inside:", f"s4audio info {path}"),
         ("Train on recordings of your own:",
-            "s4audio fit --config recipes/demo.yaml --train MY_RECORDINGS --out runs/mine"),
+            "s4audio train MY_RECORDINGS --minutes 10"),
     ]  # fmt: skip
     if hasattr(model, "stream"):
         streamed = f"s4audio reconstruct {path} MY_RECORDING.wav out.wav"

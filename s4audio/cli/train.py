@@ -14,11 +14,12 @@ from typing import Any
 import lightning
 import torch
 import yaml
+from torch import Tensor
 
 from s4audio import checkpoint
 from s4audio.audio import write_audio
 from s4audio.cli import fit_audio
-from s4audio.cli.arguments import Parser
+from s4audio.cli.arguments import Parser, load_autoencoder
 from s4audio.cli.check import report_folder
 from s4audio.cli.evaluate import evaluate, paired_table, score_table, verdict
 from s4audio.cli.fit import CHECK, read_recipe, recipe_file, train_run
@@ -29,9 +30,9 @@ from s4audio.report import Section
 RECIPE = "recipe.yaml"  # of a run
 PILOT_STEPS, WARM_UP_STEPS = 16, 6  # that show how long a step takes, and those of them that are not counted
 CLOSING_SECONDS = 30.0  # of --minutes, kept for the sounds, the scores and the page
-VALIDATIONS = 8  # in a run
+VALIDATIONS, THEIR_SHARE = 8, 0.15  # in a run, at most; and of its time
 NOISE_CLIPS, NOISE_SECONDS = 4, 5.0
-HELD_OUT_CLIPS, HELD_OUT_SECONDS = 8, 10.0
+HELD_OUT_CLIPS, HELD_OUT_SECONDS = 16, 10.0
 SCORED = {  # folder of sounds -> what it is, and its file of scores
     "reconstructed": ("Held-out recordings through the model, against themselves", "scores.json"),
     "noise": ("Sounds from noise, against held-out recordings", "scores_noise.json"),
@@ -101,6 +102,7 @@ def _of_a_new_run(out: Path, args: argparse.Namespace) -> list[str]:
     if args.steps:
         options += _length(args.steps)
     if args.from_model:
+        load_autoencoder(args.from_model)  # refuses a wrong one now, before the recordings are read
         config = checkpoint.read_config(args.from_model)
         model = {"class_path": f"s4audio.models.{config['class']}", "init_args": config["arguments"]}
         options += ["--model.init_args.model", json.dumps(model), "--from_model", args.from_model]
@@ -171,10 +173,13 @@ def _planned(options: list[str], seconds: float) -> list[str]:
         run.trainer.fit(run.model, run.datamodule)
     counted = watch.times[WARM_UP_STEPS:]
     step = (counted[-1] - counted[0]) / (len(counted) - 1)
-    left = seconds - (time.monotonic() - began) - CLOSING_SECONDS - VALIDATIONS * watch.validation
-    steps = max(PILOT_STEPS, int(left / step))
-    print(f"a step takes {1e3 * step:.0f} ms and a validation {watch.validation:.1f} s: {steps} steps")
-    return _length(steps)
+    left = max(0.0, seconds - (time.monotonic() - began) - CLOSING_SECONDS)
+    validations = min(VALIDATIONS, max(1, int(THEIR_SHARE * left / max(watch.validation, 1e-3))))
+    steps = max(PILOT_STEPS, int((left - validations * watch.validation) / step))
+    print(
+        f"a step takes {1e3 * step:.0f} ms, a validation {watch.validation:.1f} s: {steps} steps, {validations} validations"
+    )
+    return _length(steps, validations)
 
 
 def _make_sounds(out: Path, data: Any) -> None:
@@ -182,9 +187,8 @@ def _make_sounds(out: Path, data: Any) -> None:
     model, sounds, rate = str(out / "best"), out / "sounds", data.sample_rate
     shutil.rmtree(sounds, ignore_errors=True)
     print("\nmaking sounds and scoring them", flush=True)
-    for number, (name, audio) in enumerate(list(zip(data.valid_names, data.valid_clips, strict=True))[:HELD_OUT_CLIPS]):
-        readable = "".join(c if c.isalnum() or c in "-_" else "_" for c in Path(name).stem)[:40]
-        clip = audio[..., : round(HELD_OUT_SECONDS * rate)]
+    for number, (name, clip) in enumerate(_held_out(data)):
+        readable = "".join(c if c.isascii() and c.isalnum() else "_" for c in Path(name).stem)[:40]
         write_audio(sounds / "held_out" / f"{number:02d}_{readable}.wav", clip, rate)
     normalize = ["--normalize", data.normalize]
     with contextlib.redirect_stdout(io.StringIO()):  # the names of all files
@@ -201,6 +205,18 @@ def _make_sounds(out: Path, data: Any) -> None:
             evaluate([str(sounds / folder), str(sounds / "held_out"), "--json", str(out / file), *paired])
         except ValueError as error:  # too few or too short
             print(f"not scored: {error}")
+
+
+def _held_out(data: Any) -> list[tuple[str, Tensor]]:
+    """Clips from all over the held-out recordings, with the name of each one's recording."""
+    length = round(HELD_OUT_SECONDS * data.sample_rate)
+    clips = [
+        (name, audio[..., start : start + length])
+        for name, audio in zip(data.valid_names, data.valid_clips, strict=True)
+        for start in range(0, max(1, audio.shape[-1] - length // 2), length)
+    ]
+    number = min(HELD_OUT_CLIPS, len(clips))
+    return [clips[index * len(clips) // number] for index in range(number)]
 
 
 def _scores(out: Path) -> list[Section]:

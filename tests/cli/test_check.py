@@ -122,4 +122,4 @@ def test_one_file_and_a_name_with_a_space(tmp_path, capsys, monkeypatch):
     assert main(["check", "my song.wav", "--out", "elsewhere"]) == 0
     told = capsys.readouterr().out
     assert told.startswith("my song.wav: 1 file found, 1 read, 1 kept: 0.0 of 0.0 min (100.0%)")
-    assert "--train 'my song.wav' --out" in told and sorted(os.listdir("elsewhere")) == ["check.json", "rejects.csv"]
+    assert "s4audio train 'my song.wav'\n" in told and sorted(os.listdir("elsewhere")) == ["check.json", "rejects.csv"]

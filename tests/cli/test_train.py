@@ -1,0 +1,181 @@
+"""`s4audio train`: one command from a folder to a model, sounds, scores and a page; again, and again with more steps."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import yaml
+
+from s4audio import S4Model, checkpoint
+from s4audio.cli import main
+from tests import hostile
+from tests.cli.commands import ROOT, refused
+
+QUICK = ("--recipe", "debug")
+
+
+def train(folder: Path, out: Path, *options: str) -> int:
+    return main(["train", str(folder), "--out", str(out), *QUICK, *options])
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("trained") / "run"
+    assert train(folder, out, "--steps", "6") == 0
+    return out
+
+
+def test_one_command_makes_all_of_it(run, folder):
+    assert {path.name for path in run.iterdir()} >= {
+        "best", "check", "last", "recipe.yaml", "report.html", "sounds", "trainer.ckpt"
+    }  # fmt: skip
+    assert json.loads((run / "check" / "check.json").read_text())["kept"] == 4
+    config = checkpoint.read_config(run / "last")["training"]
+    assert config["steps"] == 6 and config["train_files"] + config["valid_files"] == 4
+    rate = checkpoint.read_config(run / "last")["arguments"]["sample_rate"]
+    held_out = sorted((run / "sounds" / "held_out").glob("*.wav"))
+    assert len(held_out) == config["valid_files"] == 1 and "tone" in held_out[0].name
+    for kind, number in (("held_out", 1), ("reconstructed", 1), ("noise", 4)):
+        files = sorted((run / "sounds" / kind).glob("*.wav"))
+        assert len(files) == number
+        for file in files:
+            audio, found = soundfile.read(file)
+            assert found == rate and len(audio) > rate // 10 and audio.any()
+    page = (run / "report.html").read_text()
+    assert page.count("<audio") >= 3 and "How it trained" in page
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    assert recipe["model"]["init_args"]["decay_steps"] == 6 == recipe["trainer"]["max_steps"]
+
+
+def test_again_changes_nothing_and_more_steps_extend_it(run, folder, capsys):
+    before = contents(run)
+    assert train(folder, run, "--steps", "6") == 0
+    assert "It is finished; nothing was changed. A larger --steps extends it." in capsys.readouterr().out
+    assert train(folder, run) == 0 and contents(run) == before
+    assert main(["train", str(folder), "--out", str(run), "--minutes", "3"]) == 0
+    assert "was planned for 6 steps, which stays; --steps extends it" in capsys.readouterr().out
+    assert contents(run) == before
+    assert train(folder, run, "--steps", "9") == 0
+    assert "holds a run of 6 steps; going on from there to 9." in capsys.readouterr().out
+    assert checkpoint.read_config(run / "last")["training"]["steps"] == 9
+
+
+def weights(model: Path) -> torch.Tensor:
+    return torch.cat([value.flatten() for value in checkpoint.load(model).parameters()])
+
+
+@pytest.mark.parametrize("clips", [1, 5])
+def test_scores_are_of_what_was_held_out(tmp_path, clips):
+    """Of one long recording its end is held out, and cut into clips of 10 s; fewer than 3 cannot be scored."""
+    rate, seconds = 4000, 100 * clips
+    generator = np.random.default_rng(0)
+    soundfile.write(tmp_path / "long.wav", 0.1 * generator.standard_normal(rate * seconds).clip(-4, 4), rate)
+    assert train(tmp_path / "long.wav", tmp_path / "run", "--steps", "2") == 0
+    held_out = [soundfile.read(file)[0] for file in sorted((tmp_path / "run" / "sounds" / "held_out").glob("*.wav"))]
+    assert len(held_out) == clips
+    audio = np.concatenate(held_out) / np.abs(np.concatenate(held_out)).max()
+    original = soundfile.read(tmp_path / "long.wav")[0][-len(audio) :]
+    assert np.corrcoef(audio, original)[0, 1] > 0.999
+    page = (tmp_path / "run" / "report.html").read_text()
+    scored = (tmp_path / "run" / "scores.json").exists()
+    assert scored == (clips >= 3) == ("Pair by pair" in page)
+    if scored:
+        scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+        assert scores["paired"]["pairs"] == clips and f"{scores['kad']:.2g}"[:3] in page
+
+
+def test_minutes_are_planned_as_steps(folder, tmp_path, capsys):
+    assert train(folder, tmp_path / "run", "--minutes", "0.5") == 0  # all of it for the sounds and the page
+    told = capsys.readouterr().out
+    assert "measuring how long a step takes" in told and ": 16 steps, 1 validations" in told
+    assert checkpoint.read_config(tmp_path / "run" / "last")["training"]["steps"] == 16
+
+
+def test_a_run_that_was_stopped_goes_on(folder, tmp_path, capsys, monkeypatch):
+    module = sys.modules["s4audio.cli.train"]
+
+    def stop(*_):
+        raise RuntimeError("stopped here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_make_sounds", stop)
+        assert train(folder, tmp_path / "run", "--steps", "2") == 1
+    assert not (tmp_path / "run" / "report.html").exists()
+    capsys.readouterr()
+    assert train(folder, tmp_path / "run", "--steps", "2") == 0
+    assert "It is finished" in capsys.readouterr().out
+    assert (tmp_path / "run" / "report.html").exists() and (tmp_path / "run" / "sounds" / "noise").exists()
+
+
+def test_begins_with_the_weights_of_a_model(folder, model, tmp_path, capsys):
+    assert train(folder, tmp_path / "run", "--from-model", str(model), "--steps", "1", "--on-nan", "skip") == 0
+    trained, given = checkpoint.read_config(tmp_path / "run" / "last"), checkpoint.read_config(model)
+    assert trained["class"] == given["class"] and trained["arguments"] == given["arguments"]
+    assert trained["training"]["normalize"] == "peak"
+    recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    change = (weights(tmp_path / "run" / "last") - weights(model)).abs().max()
+    assert 0 < change <= 2 * recipe["model"]["init_args"]["lr"]  # AdamW's first step
+    other = tmp_path / "classifier"
+    checkpoint.save(S4Model(3, 10, 8, 1), other)
+    options = "--out", str(tmp_path / "b"), *QUICK, "--from-model"
+    assert "S4Model" in refused(capsys, "train", str(folder), *options, str(other))
+    assert not (tmp_path / "b").exists()
+    assert "no is not a model" in refused(capsys, "train", str(folder), *options, str(tmp_path / "no"))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes and links are a Unix thing")
+def test_a_hostile_folder_is_trained_on(tmp_path, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    expected = hostile.make(data)
+    before = sorted(str(path) for path in data.rglob("*"))
+    assert train(data, tmp_path / "run", "--steps", "1") == 0
+    hostile.assert_every_reject_is_named(capsys.readouterr().out, data, expected)
+    assert sorted(str(path) for path in data.rglob("*")) == before
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_two_at_once_on_one_folder_both_finish(folder, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "S4AUDIO_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "s4audio", "train", str(folder), *QUICK, "--steps", "2", "--out"]
+    runs = [
+        subprocess.Popen([*command, str(tmp_path / name)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for name in "ab"
+    ]
+    told = [run.communicate()[0].decode() for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], told
+    assert torch.equal(weights(tmp_path / "a" / "last"), weights(tmp_path / "b" / "last"))
+
+
+def test_wrong_input_is_a_sentence_and_leaves_nothing(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for options, sentence in (
+        (["nowhere"], "nowhere does not exist"),
+        ([str(folder), "--minutes", "0"], "--minutes is 0; wanted half a minute or more"),
+        ([str(folder), "--steps", "0"], "--steps is 0; wanted at least 1"),
+        ([str(folder), "--steps", "1", "--minutes", "1"], "not allowed with argument"),
+        ([str(folder), "--recipe", "nothing"], "nothing.yaml does not exist"),
+        ([str(folder), "--recipe", "scifar_quick"], "does not train on a folder of recordings"),
+        ([str(folder), "--out", str(folder / "run")], "is inside"),
+    ):
+        assert sentence in refused(capsys, "train", *options)
+    assert list(tmp_path.iterdir()) == [] or sorted(os.listdir()) == ["runs"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.wav").touch()
+    assert "none of the 1 files in empty can be used" in refused(capsys, "train", "empty")
+
+
+def test_another_folder_needs_another_run(run, tmp_path, capsys):
+    soundfile.write(tmp_path / "other.wav", np.linspace(-0.5, 0.5, 8000), 8000)
+    assert "holds a run on" in refused(capsys, "train", str(tmp_path / "other.wav"), "--out", str(run))
