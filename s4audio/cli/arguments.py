@@ -1,12 +1,24 @@
-"""What the verbs share: a parser whose complaints are one sentence, the models they take, and what the package brings."""
+"""What the verbs share: a parser whose complaints are one sentence, a progress bar, the models that they take, where they
+write, and what the package brings."""
 
 import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bar
 
 from s4audio import checkpoint
+from s4audio.files import replacing
+from s4audio.metrics.comparison import Progress
 
 
 class Parser(argparse.ArgumentParser):
@@ -59,3 +71,36 @@ def shipped(name: str) -> Path:
         if (root / name).exists():
             return root / name
     raise ValueError(f"{name} is not part of this installation of s4audio.")
+
+
+def check_place(file: Path) -> None:
+    """Raises: ValueError, if no file can be written there."""
+    parent = next(folder for folder in file.absolute().parents if folder.exists())
+    if file.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"{file} is no place where a file can be written; choose another.")
+
+
+def write_json(path: str, content: dict[str, Any]) -> None:
+    """Writes a file that holds no NaN, whole or not at all."""
+    with replacing(path) as file:
+        file.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A progress bar on a terminal; elsewhere a line every ten seconds."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        last = time.monotonic()
+
+        def say(what: str, done: int, total: int) -> None:
+            nonlocal last
+            if time.monotonic() - last > 10:
+                last = time.monotonic()
+                print(f"{what}, {done} of {total}", file=sys.stderr, flush=True)
+
+        yield say
+        return
+    with Bar(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console, transient=True) as bar:
+        row = bar.add_task("")
+        yield lambda what, done, total: bar.update(row, description=what, completed=done, total=total)

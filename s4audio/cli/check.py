@@ -6,8 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from s4audio.cli.arguments import Parser
-from s4audio.cli.evaluate import check_place, progress_bar, write_json
+from s4audio.cli.arguments import Parser, check_place, progress_bar, write_json
 from s4audio.cli.info import print_table
 from s4audio.data.check import WARNINGS, CheckedFile, check_folder, summarize
 from s4audio.files import replacing

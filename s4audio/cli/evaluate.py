@@ -2,25 +2,16 @@
 
 import argparse
 import json
-import os
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-from rich.progress import Progress as Bar
 
 from s4audio import checkpoint
 from s4audio.audio import NORMALIZATIONS, find_audio, read_audio
-from s4audio.cli.arguments import Parser
+from s4audio.cli.arguments import Parser, check_place, progress_bar, write_json
 from s4audio.cli.generate import made_by
 from s4audio.cli.info import print_table
-from s4audio.files import replacing
 from s4audio.metrics.comparison import Progress
 from s4audio.metrics.embeddings import Embedding
 from s4audio.metrics.evaluator import FORMAT, EmbeddedClip, Evaluation, Evaluator
@@ -166,42 +157,10 @@ def _warnings_of_notes(
     return found
 
 
-def check_place(file: Path) -> None:
-    """Raises: ValueError, if no file can be written there."""
-    parent = next(folder for folder in file.absolute().parents if folder.exists())
-    if file.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"{file} is no place where a file can be written; choose another.")
-
-
-def write_json(path: str, content: dict[str, Any]) -> None:
-    with replacing(path) as file:
-        file.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
-
-
 def _evaluator(args: argparse.Namespace, which: str | Embedding, progress: Progress) -> Evaluator:
     return Evaluator(
         which, sample_rate=args.sample_rate, normalize=args.normalize, seed=args.seed, progress=progress
     )  # fmt: skip
-
-
-@contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """A progress bar on a terminal; elsewhere a line every ten seconds."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        last = time.monotonic()
-
-        def say(what: str, done: int, total: int) -> None:
-            nonlocal last
-            if time.monotonic() - last > 10:
-                last = time.monotonic()
-                print(f"{what}, {done} of {total}", file=sys.stderr, flush=True)
-
-        yield say
-        return
-    with Bar(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console, transient=True) as bar:
-        row = bar.add_task("")
-        yield lambda what, done, total: bar.update(row, description=what, completed=done, total=total)
 
 
 def _heading(scores: dict[str, Any]) -> str:

@@ -31,7 +31,7 @@ RECIPE = "recipe.yaml"  # of a run
 PILOT_STEPS, WARM_UP_STEPS = 16, 6  # that show how long a step takes, and those of them that are not counted
 CLOSING_SECONDS = 30.0  # of --minutes, kept for the sounds, the scores and the page
 VALIDATIONS, THEIR_SHARE = 8, 0.15  # in a run, at most; and of its time
-NOISE_CLIPS, NOISE_SECONDS = 4, 5.0
+NOISE_CLIPS, NOISE_SECONDS = 4, 10.0
 HELD_OUT_CLIPS, HELD_OUT_SECONDS = 16, 10.0
 SCORED = {  # folder of sounds -> what it is, and its file of scores
     "reconstructed": ("Held-out recordings through the model, against themselves", "scores.json"),

@@ -38,7 +38,7 @@ def test_a_hostile_folder_is_told_and_written_down(tmp_path, capsys, monkeypatch
         "  sample rates (files): 16,000 Hz (",
     ):
         assert row in told
-    assert "train on it: s4audio fit --config recipes/demo.yaml --train data --out runs/mine" in told
+    assert told.endswith("\ntrain on it: s4audio train data\n")
     assert files_of(data) == before and sorted(os.listdir()) == ["check", "data"]
     assert sorted(os.listdir("check")) == ["check.json", "rejects.csv"]
 
