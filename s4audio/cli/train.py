@@ -220,13 +220,11 @@ def _held_out(data: Any) -> list[tuple[str, Tensor]]:
 
 
 def _scores(out: Path) -> list[Section]:
-    """For the page: the scores that there are, and the sounds from noise."""
+    """For the page: what the scores say that there are."""
     sections = []
     for what, file in SCORED.values():
         if (out / file).exists():
             scores = json.loads((out / file).read_text())
-            rows = score_table(scores)
+            rows = paired_table(scores["paired"]) if "paired" in scores else score_table(scores)
             sections.append(Section(what, [verdict(scores)], table=rows))
-            if "paired" in scores:
-                sections.append(Section("Pair by pair", table=paired_table(scores["paired"])))
     return sections
