@@ -87,7 +87,7 @@ def test_commands_of_the_readme_run_in_their_order(tmp_path, monkeypatch):
             continue
         if "RECIPE" in command:  # a pattern
             continue
-        if len(arguments) == 1 and arguments[0] in ("reconstruct", "generate", "info", "evaluate"):  # a verb in running text
+        if len(arguments) == 1 and arguments[0] not in ("demo", "doctor"):  # a verb in running text
             continue
         if arguments[0] == "train":
             arguments = [{"--minutes": "--steps", "10": "1"}.get(argument, argument) for argument in arguments]
