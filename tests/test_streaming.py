@@ -4,6 +4,7 @@ the future. A new layer, model, discretization or init joins CAUSAL or is in a d
 Float32 tolerance: 1e-5 of the largest output; measured over all cases 1.6e-6 (engine and recurrence round differently).
 """
 
+import copy
 import tempfile
 from collections.abc import Callable
 from itertools import product
@@ -197,6 +198,18 @@ def test_a_frozen_layer_streams_the_same_bit_for_bit_and_forgets_later_parameter
             parameter.zero_()
     for _ in range(2):  # the second time with the operators of the first
         assert all(map(torch.equal, (in_blocks(module, u, sizes) for sizes in BLOCKS.values()), wanted))
+
+
+@pytest.mark.parametrize("layer", [S4D, S4])
+def test_a_frozen_layer_is_copied_moved_and_has_no_gradients(layer):
+    module, u = layer(CHANNELS, 8), torch.randn(1, CHANNELS, 20, requires_grad=True)
+    module.freeze()
+    for _ in range(2):
+        module.stream(u, module.initial_state(1))[0].sum().backward()
+    assert module.C.grad is None and u.grad is not None
+    other = copy.deepcopy(module).double()
+    y, _ = other.stream(u.double(), other.initial_state(1))
+    torch.testing.assert_close(y, other(u.double()))
 
 
 @pytest.mark.parametrize("layer", [S4D, S4])

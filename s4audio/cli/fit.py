@@ -57,7 +57,7 @@ DATA_HINTS = {  # options that are right for the other kind of data
     "valid": "; images are given with --root FOLDER",
     "root": "; recordings are given with --train FOLDER",
 }
-FREE_KEYS = {"cache", "compile", "cuda_graph", "decay_steps", "on_nan"}  # of a recipe: they may change while a run goes on
+FREE_KEYS = {"cache", "compile", "cuda_graph", "on_nan"}  # of a recipe: they may change while a run goes on
 CHECK = "check"  # in a run folder: what `check` said of its recordings
 
 
@@ -117,6 +117,7 @@ def train_run(run: Any, arguments: list[str]) -> bool:
     resume, steps, stopped_early = _last_checkpoint(out)
     if resume:
         _refuse_another_recipe(recipe, out / "recipe.yaml")
+        _refuse_other_data(run.datamodule.describe(), out / "last")
         print(f"{out} holds a run of {steps} steps; going on from there to {trainer.max_steps}.")
         if stopped_early or 0 <= trainer.max_steps <= steps:
             extended = "It stopped early, when it gained no more" if stopped_early else "A larger --steps extends it"
@@ -126,8 +127,8 @@ def train_run(run: Any, arguments: list[str]) -> bool:
             resume = resume.replace(out / TRAINER_CHECKPOINT)  # in the place of the damaged one
     elif (out / "recipe.yaml").exists():
         print(f"{out} holds a run that was stopped before its first checkpoint; it begins anew.")
-    elif out.is_dir() and any(not path.name.startswith(".") and path.name != CHECK for path in out.iterdir()):
-        raise ValueError(f"{out} holds files that are no run of s4audio; choose a new folder with --out.")
+    else:
+        refuse_foreign(out)
     with replacing(out / "recipe.yaml", durable=True) as file:
         file.write(yaml.safe_dump(recipe, sort_keys=False).encode())
     try:
@@ -299,7 +300,7 @@ def _recipe_cli(arguments: list[str]) -> Any:
             self.datamodule, self.model = self.config_init["data"], self.config_init["model"]
             data, model, kind = self.datamodule, self.model.model, _kind(self.model)
             kind.check(model, data)
-            if self.config["from_model"]:
+            if self.config["from_model"] and not holds_a_checkpoint(out):
                 checkpoint.load_weights(model, self.config["from_model"])
             data.setup()
             kind.prepare(model, data)
@@ -329,6 +330,20 @@ def _recipe_cli(arguments: list[str]) -> Any:
         )  # fmt: skip
     except jsonargparse.ArgumentError as error:
         raise ValueError(f"the recipe or an option is refused: {_innermost(error)}{_hint(error, arguments)}") from error
+
+
+def holds_a_checkpoint(out: Path) -> bool:
+    """Whether a run in a folder goes on from where it was."""
+    from s4audio.tasks.callbacks import PREVIOUS_CHECKPOINT, TRAINER_CHECKPOINT
+
+    return (out / TRAINER_CHECKPOINT).exists() or (out / PREVIOUS_CHECKPOINT).exists()
+
+
+def refuse_foreign(out: Path) -> None:
+    """Raises: ValueError, if a folder holds files that are no run."""
+    ours = (out / "recipe.yaml").exists()
+    if not ours and out.is_dir() and any(not path.name.startswith(".") and path.name != CHECK for path in out.iterdir()):
+        raise ValueError(f"{out} holds files that are no run of s4audio; choose a new folder with --out.")
 
 
 def _last_checkpoint(out: Path) -> tuple[Path | None, int, bool]:
@@ -381,8 +396,10 @@ def _refuse_another_recipe(recipe: dict[str, Any], stored: Path) -> None:
     if not stored.exists():
         return
     before = yaml.safe_load(stored.read_text())
+    extended = before["trainer"]["max_steps"] != recipe["trainer"]["max_steps"]
+    free = FREE_KEYS | ({"decay_steps"} if extended else set())  # the learning rates come down at the new end
     for section in ("seed_everything", "model", "data"):
-        key = _first_difference(before.get(section), recipe.get(section), section)
+        key = _first_difference(before.get(section), recipe.get(section), section, free)
         if key:
             raise ValueError(
                 f"{key} is not what it was when the run in {stored.parent} began (its recipe.yaml has the old value); "
@@ -390,10 +407,25 @@ def _refuse_another_recipe(recipe: dict[str, Any], stored: Path) -> None:
             )
 
 
-def _first_difference(before: Any, now: Any, key: str) -> str | None:
+def _refuse_other_data(described: dict[str, Any], last: Path) -> None:
+    """With other recordings the split is another too: some that were trained on would be held out.
+
+    Raises:
+        ValueError: there are more or fewer recordings than when the run began.
+    """
+    before = checkpoint.read_config(last)["training"]
+    for key, what in (("train_files", "files to train on"), ("valid_files", "held-out files"), ("train_seconds", "seconds")):
+        if before.get(key) != described.get(key):
+            raise ValueError(
+                f"the recordings are not those that the run in {last.parent} began with: {described.get(key)} {what}, and "
+                f"it had {before.get(key)}. Begin another with a new --out; its --from_model can be {last.parent / 'best'}."
+            )
+
+
+def _first_difference(before: Any, now: Any, key: str, free: set[str]) -> str | None:
     if isinstance(before, dict) and isinstance(now, dict):
-        keys = before.keys() - FREE_KEYS  # what a later version has added stands at its default
-        differences = (_first_difference(before.get(k), now.get(k), f"{key}.{k}") for k in sorted(keys))
+        keys = before.keys() - free  # what a later version has added stands at its default
+        differences = (_first_difference(before.get(k), now.get(k), f"{key}.{k}", free) for k in sorted(keys))
         return next((difference for difference in differences if difference), None)
     return None if before == now else key
 

@@ -22,7 +22,7 @@ from s4audio.cli import fit_audio
 from s4audio.cli.arguments import Parser, load_autoencoder
 from s4audio.cli.check import report_folder
 from s4audio.cli.evaluate import evaluate, paired_table, score_table, verdict
-from s4audio.cli.fit import CHECK, read_recipe, recipe_file, train_run
+from s4audio.cli.fit import CHECK, holds_a_checkpoint, read_recipe, recipe_file, refuse_foreign, train_run
 from s4audio.cli.generate import generate
 from s4audio.cli.run_page import PAGE
 from s4audio.report import Section
@@ -65,17 +65,20 @@ def train(arguments: list[str]) -> None:
     if args.steps is not None and args.steps < 1:
         raise ValueError(f"--steps is {args.steps}; wanted at least 1.")
     out = Path(args.out or Path("runs") / Path(args.folder).resolve().stem)
-    if (out / RECIPE).exists():
+    if holds_a_checkpoint(out):
         options = _of_the_run(out, args)
         run = read_recipe(options)
     else:
+        refuse_foreign(out)
+        if args.valid and Path(args.valid).resolve() in (out.resolve(), *out.resolve().parents):
+            raise ValueError(f"{out} is inside {args.valid}, where nothing is written; choose another folder with --out.")
         options = _of_a_new_run(out, args)
         report_folder(args.folder, out / CHECK)
         run = read_recipe(options)
         if args.minutes is not None:
             options += _planned(options, 60 * args.minutes - (time.monotonic() - began))
             run = read_recipe(options)
-    if train_run(run, options):
+    if train_run(run, options) or not (out / "sounds").exists():
         _make_sounds(out, run.datamodule)
         fit_audio.finish(out, run.datamodule, _scores(out))
     best = checkpoint.read_config(out / "best")["training"]
@@ -91,21 +94,26 @@ def _of_a_new_run(out: Path, args: argparse.Namespace) -> list[str]:
     file = recipe_file(recipe if recipe.endswith((".yaml", ".yml")) else f"recipes/{recipe}.yaml")
     contents = yaml.safe_load(file.read_text(encoding="utf-8"))
     try:
-        contents["data"]["init_args"]["sample_rate"], contents["model"]["init_args"]["model"]
+        contents["data"]["init_args"]["sample_rate"], contents["model"]["init_args"]["model"]["class_path"]
     except (TypeError, KeyError) as error:
         raise ValueError(f"{recipe} does not train on a folder of recordings; choose another --recipe.") from error
     print(f"recipe:   {file.stem}" + ("" if args.recipe else ", since none was named"))
-    options = ["--config", str(file), "--train", args.folder, "--out", str(out)]
-    options += _given("--valid", args.valid) + _given("--on-nan", args.on_nan)
-    if args.device:
-        options += ["--trainer.accelerator", args.device]
+    trains = contents["model"]["init_args"]["model"]["class_path"].rpartition(".")[2]
+    options = ["--config", str(file), "--train", str(Path(args.folder).absolute()), "--out", str(out)]
+    options += _given("--valid", args.valid and Path(args.valid).absolute()) + _given("--on-nan", args.on_nan)
+    options += _given("--trainer.accelerator", args.device)
     if args.steps:
-        options += _length(args.steps)
+        options += _length(args.steps, _batches(contents))
     if args.from_model:
-        load_autoencoder(args.from_model)  # refuses a wrong one now, before the recordings are read
+        given = load_autoencoder(args.from_model)  # refuses a wrong one now, before the recordings are read
+        if type(given).__name__ != trains:
+            raise ValueError(
+                f"{args.from_model} is a {type(given).__name__} and the recipe {file.stem} trains a {trains}; choose a "
+                "recipe for it with --recipe."
+            )
         config = checkpoint.read_config(args.from_model)
         model = {"class_path": f"s4audio.models.{config['class']}", "init_args": config["arguments"]}
-        options += ["--model.init_args.model", json.dumps(model), "--from_model", args.from_model]
+        options += ["--model.init_args.model", json.dumps(model), "--from_model", str(Path(args.from_model).absolute())]
         options += _given("--data.init_args.sample_rate", config["arguments"].get("sample_rate"))
         options += _given("--data.init_args.normalize", config["training"].get("normalize"))
     return options
@@ -118,14 +126,22 @@ def _of_the_run(out: Path, args: argparse.Namespace) -> list[str]:
         ValueError: it was another run.
     """
     recipe = yaml.safe_load((out / RECIPE).read_text())
-    began_with = recipe["data"]["init_args"]["train"]
-    if Path(began_with).resolve() != Path(args.folder).resolve():
-        raise ValueError(f"{out} holds a run on {began_with}; choose a new folder with --out for {args.folder}.")
-    options = ["--config", str(out / RECIPE), *_given("--on-nan", args.on_nan)]
+    try:
+        began, planned = recipe["data"]["init_args"], recipe["trainer"]["max_steps"]
+        began_with = {"folder": began["train"], "--valid": began.get("valid"), "--from-model": recipe.get("from_model")}
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{out} holds a run that is not on a folder of recordings; choose a new one with --out.") from error
+    for what, given in (("folder", args.folder), ("--valid", args.valid), ("--from-model", args.from_model)):
+        before = began_with[what]
+        if given is not None and (before is None or Path(before).resolve() != Path(given).resolve()):
+            told = f"began with {what} {before}" if before else f"began without {what}"
+            raise ValueError(f"the run in {out} {told}; choose a new folder with --out for {given}.")
+    options = ["--config", str(out / RECIPE), "--out", str(out), *_given("--on-nan", args.on_nan)]
+    options += _given("--trainer.accelerator", args.device)
     if args.minutes is not None:
-        print(f"{out} was planned for {recipe['trainer']['max_steps']} steps, which stays; --steps extends it.")
+        print(f"{out} was planned for {planned} steps, which stays; --steps extends it.")
     elif args.steps:
-        options += _length(args.steps)
+        options += _length(args.steps, _batches(recipe))
     return options
 
 
@@ -133,13 +149,18 @@ def _given(option: str, value: Any) -> list[str]:
     return [] if value is None else [option, str(value)]
 
 
-def _length(steps: int, validations: int = VALIDATIONS) -> list[str]:
-    """So many steps, with the learning rates down at the end and a few validations on the way."""
-    every = max(1, steps // validations)
+def _length(steps: int, batches: int, validations: int = VALIDATIONS) -> list[str]:
+    """So many steps of so many batches, with the learning rates down at the end and a few validations on the way."""
+    every = math.ceil(steps / validations)
     return [
-        "--steps", str(steps), "--model.init_args.decay_steps", str(steps), "--trainer.val_check_interval", str(every),
-        "--save_every", str(every),
+        "--steps", str(steps), "--model.init_args.decay_steps", str(steps), "--save_every", str(every),
+        "--trainer.val_check_interval", str(every * batches),
     ]  # fmt: skip
+
+
+def _batches(recipe: dict[str, Any]) -> int:
+    """Of a step, whose gradients add up."""
+    return recipe.get("trainer", {}).get("accumulate_grad_batches") or 1
 
 
 class _Stopwatch(lightning.Callback):
@@ -163,29 +184,38 @@ class _Stopwatch(lightning.Callback):
 
 def _planned(options: list[str], seconds: float) -> list[str]:
     """The options for as many steps as fit into so many seconds, by the time that a few of them take."""
+    from s4audio.tasks import DivergenceError
     from s4audio.tasks.callbacks import Progress
 
     print("measuring how long a step takes", flush=True)
     began, watch = time.monotonic(), _Stopwatch()
     with tempfile.TemporaryDirectory() as pilot:
-        run = read_recipe([*options, *_length(PILOT_STEPS, validations=1), "--out", pilot])
+        shortly = ["--steps", str(PILOT_STEPS), "--trainer.val_check_interval", str(PILOT_STEPS), "--trainer.devices", "1"]
+        run = read_recipe([*options, *shortly, "--trainer.accumulate_grad_batches", "1", "--out", pilot])
         run.trainer.callbacks = [*(c for c in run.trainer.callbacks if not isinstance(c, Progress)), watch]
-        run.trainer.fit(run.model, run.datamodule)
+        try:
+            run.trainer.fit(run.model, run.datamodule)
+        except SystemExit:  # what Lightning makes of Ctrl-C
+            raise KeyboardInterrupt from None
+        except DivergenceError as error:
+            raise RuntimeError(f"while it was measured how long a step takes, {str(error).partition('. ')[0]}.") from error
     counted = watch.times[WARM_UP_STEPS:]
-    step = (counted[-1] - counted[0]) / (len(counted) - 1)
+    batches = _batches(yaml.safe_load(Path(options[1]).read_text()))
+    step = batches * (counted[-1] - counted[0]) / (len(counted) - 1)
     left = max(0.0, seconds - (time.monotonic() - began) - CLOSING_SECONDS)
     validations = min(VALIDATIONS, max(1, int(THEIR_SHARE * left / max(watch.validation, 1e-3))))
     steps = max(PILOT_STEPS, int((left - validations * watch.validation) / step))
     print(
         f"a step takes {1e3 * step:.0f} ms, a validation {watch.validation:.1f} s: {steps} steps, {validations} validations"
     )
-    return _length(steps, validations)
+    return _length(steps, batches, validations)
 
 
 def _make_sounds(out: Path, data: Any) -> None:
     """Writes OUT/sounds: held-out recordings, what the model makes of them, and of noise; and the scores of both."""
     model, sounds, rate = str(out / "best"), out / "sounds", data.sample_rate
-    shutil.rmtree(sounds, ignore_errors=True)
+    for made in ("held_out", *SCORED):
+        shutil.rmtree(sounds / made, ignore_errors=True)
     print("\nmaking sounds and scoring them", flush=True)
     for number, (name, clip) in enumerate(_held_out(data)):
         readable = "".join(c if c.isascii() and c.isalnum() else "_" for c in Path(name).stem)[:40]

@@ -35,7 +35,7 @@ from s4audio.audio import AudioError
 from s4audio.data.check import Recording
 from s4audio.files import replacing
 
-FORMAT = 1  # of what is written here
+FORMAT = 2  # of what is written here
 MANIFEST = "manifest.json"
 SHARD = re.compile(r"[0-9a-f]{64}\.f32")
 SHARD_BYTES = 2**29  # of a full shard; each mapped one is an open file, of which a process may have about a thousand

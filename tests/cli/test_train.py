@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -176,6 +177,38 @@ def test_wrong_input_is_a_sentence_and_leaves_nothing(folder, tmp_path, capsys, 
     assert "none of the 1 files in empty can be used" in refused(capsys, "train", "empty")
 
 
-def test_another_folder_needs_another_run(run, tmp_path, capsys):
+def test_another_folder_needs_another_run(run, folder, model, tmp_path, capsys):
     soundfile.write(tmp_path / "other.wav", np.linspace(-0.5, 0.5, 8000), 8000)
-    assert "holds a run on" in refused(capsys, "train", str(tmp_path / "other.wav"), "--out", str(run))
+    before = contents(run)
+    error = refused(capsys, "train", str(tmp_path / "other.wav"), "--out", str(run))
+    assert f"began with folder {folder}; choose a new folder with --out" in error
+    error = refused(capsys, "train", str(folder), "--out", str(run), "--from-model", str(model))
+    assert "began without --from-model" in error and contents(run) == before
+
+
+def test_other_recordings_would_be_another_split(folder, tmp_path, capsys):
+    data, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(folder, data)
+    assert train(data, out, "--steps", "1") == 0
+    soundfile.write(data / "new.wav", np.linspace(-0.5, 0.5, 8000), 8000)
+    error = refused(capsys, "train", str(data), "--out", str(out), "--steps", "2")
+    assert "4 files to train on, and it had 3" in error and str(out / "best") in error
+
+
+def test_a_run_that_was_moved_goes_on_where_it_is(folder, tmp_path, capsys):
+    assert train(folder, tmp_path / "first", "--steps", "1") == 0
+    shutil.copytree(tmp_path / "first", tmp_path / "copy")
+    (tmp_path / "copy" / "sounds" / "mine.wav").touch()
+    before = contents(tmp_path / "first")
+    assert train(folder, tmp_path / "copy", "--steps", "2") == 0
+    assert contents(tmp_path / "first") == before and (tmp_path / "copy" / "sounds" / "mine.wav").exists()
+    assert checkpoint.read_config(tmp_path / "copy" / "last")["training"]["steps"] == 2
+
+
+def test_what_is_no_run_is_left_alone(folder, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").touch()
+    assert "holds files that are no run" in refused(capsys, "train", str(folder), "--out", str(tmp_path / "mine"))
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+    options = "--valid", str(tmp_path), "--out", str(tmp_path / "run")
+    assert f"is inside {tmp_path}, where nothing is written" in refused(capsys, "train", str(folder), *options)
