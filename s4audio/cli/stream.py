@@ -63,7 +63,7 @@ def stream(arguments: list[str]) -> None:
                 f"standard {name} is no pipe and no file, and raw samples go through both; for example: "
                 f"{EXAMPLE.format(rate=model.sample_rate)}"
             )
-    torch.set_num_threads(1)  # a block is too little to share: threads that wait for each other made it 20 times slower
+    torch.set_num_threads(1)  # a block is too little to share; threads that wait for each other are slower
     for layer in model.modules():
         if isinstance(layer, S4D):
             layer.freeze()
