@@ -388,7 +388,7 @@ def _progress_of(trainer_checkpoint: Path) -> tuple[int, bool]:
 
 
 def _refuse_another_recipe(recipe: dict[str, Any], stored: Path) -> None:
-    """A run goes on as it began: optimizer and schedule come from its checkpoint, whatever the recipe says now.
+    """A run goes on as it began; only with another length the learning rates may come down elsewhere (decay_steps).
 
     Raises:
         ValueError: the model, the task, the data or the seed differ from the run's own recipe; names the key.
