@@ -212,3 +212,10 @@ def test_what_is_no_run_is_left_alone(folder, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
     options = "--valid", str(tmp_path), "--out", str(tmp_path / "run")
     assert f"is inside {tmp_path}, where nothing is written" in refused(capsys, "train", str(folder), *options)
+
+
+def test_the_schedule_gets_a_new_end_with_a_new_length_only(folder, tmp_path, capsys):
+    assert train(folder, tmp_path / "run", "--steps", "2") == 0
+    again = "fit", "--config", str(tmp_path / "run" / "recipe.yaml"), "--model.init_args.decay_steps", "5", "--steps"
+    assert "model.init_args.decay_steps is not what it was" in refused(capsys, *again, "2")
+    assert main([*again, "4"]) == 0 and checkpoint.read_config(tmp_path / "run" / "last")["training"]["steps"] == 4
