@@ -10,7 +10,8 @@ class GenerativeTask(TrainingTask):
     """Trains a generator with AdamW.
 
     Args:
-        model: has `training_losses(audio) -> dict of named losses` and is called with audio to reconstruct it.
+        model: has `training_losses(audio) -> dict of named losses`; one that can `encode` is called with audio
+            to reconstruct it.
         loss_weights: weight of each named loss; 1 for those not listed.
         loss_warmup_steps: of a linear rise of a named loss's weight from 0, such as a VAE's `kl`.
         lr: as all of what follows, of TrainingTask.
@@ -68,15 +69,17 @@ class GenerativeTask(TrainingTask):
         return total
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        """The losses and the reconstruction's SI-SDR, averaged over the validation clips."""
+        """The losses and, of a model that reconstructs, the SI-SDR, averaged over the validation clips."""
         losses = self.model.training_losses(batch)
+        values = {f"valid/{name}": loss for name, loss in losses.items()}
+        self.log_dict({**values, "valid/loss": self.total_loss(losses)}, batch_size=batch.shape[0], on_epoch=True)
+        if not hasattr(self.model, "encode"):  # it makes audio and cannot reconstruct any
+            return
         estimate = self.model(batch)
         audible = batch.square().mean((1, 2)) > 0  # SI-SDR has no value on silence
         if audible.any():
             score = si_sdr(estimate[audible], batch[audible]).mean()
             self.log("valid/si_sdr_db", score, batch_size=int(audible.sum()), on_epoch=True)
-        values = {f"valid/{name}": loss for name, loss in losses.items()}
-        self.log_dict({**values, "valid/loss": self.total_loss(losses)}, batch_size=batch.shape[0], on_epoch=True)
         if hasattr(self.model, "active_dimensions"):
             self.log("valid/active_dimensions", float(self.model.active_dimensions(batch)), batch_size=batch.shape[0])
         if batch_idx == 0:
