@@ -86,29 +86,38 @@ def matrix_expm1(Z: Tensor, squarings: int = SQUARINGS) -> Tensor:
     the exponential of matrices of twice the size: forward and backward it takes more than twice as long. This one keeps
     some 30 matrices for each of Z for its gradient.
 
-    Source: Higham 2008, "Functions of matrices", chapter 10; the polynomial by Paterson and Stockmeyer's scheme.
+    Source: Higham 2008, "Functions of matrices", chapter 10.
     """
-    X = Z / 2**squarings
-    X2 = torch.bmm(X, X)
-    X4 = torch.bmm(X2, X2)
-    powers = torch.stack([torch.eye(Z.shape[-1], dtype=Z.dtype, device=Z.device).expand_as(X), X, X2, torch.bmm(X2, X)])
-    # 1 / k!, and 0 for the I of exp(Z) - I; made where Z is, since a CUDA graph cannot copy from the CPU's memory.
-    inverses = torch.cumprod(1 / torch.arange(1, 16, dtype=torch.float64, device=Z.device), 0)
-    weights = torch.nn.functional.pad(inverses, (1, 0)).view(4, 4).to(Z.dtype)
-    parts = (weights @ powers.flatten(1)).unflatten(1, Z.shape)
-    E = parts[3]
-    for block in (2, 1, 0):
-        E = torch.baddbmm(parts[block], E, X4)
+    E = _expm1_of_small(Z / 2**squarings)
     for _ in range(squarings):
         E = torch.baddbmm(E, E, E, beta=2)
     return E
 
 
+def _expm1_of_small(X: Tensor) -> Tensor:
+    """exp(X) - I of matrices (H, N, N) float64, norm at most 1/2: a polynomial by Paterson and Stockmeyer's scheme."""
+    X2 = torch.bmm(X, X)
+    X4 = torch.bmm(X2, X2)
+    powers = torch.stack([torch.eye(X.shape[-1], dtype=X.dtype, device=X.device).expand_as(X), X, X2, torch.bmm(X2, X)])
+    # 1 / k!, and 0 for the I of exp(X) - I; made where X is, since a CUDA graph cannot copy from the CPU's memory.
+    inverses = torch.cumprod(1 / torch.arange(1, 16, dtype=torch.float64, device=X.device), 0)
+    weights = torch.nn.functional.pad(inverses, (1, 0)).view(4, 4).to(X.dtype)
+    parts = (weights @ powers.flatten(1)).unflatten(1, X.shape)
+    E = parts[3]
+    for block in (2, 1, 0):
+        E = torch.baddbmm(parts[block], E, X4)
+    return E
+
+
 def _zoh_dense(Z: Tensor, resolvent: Resolvent, B: Tensor, dt: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    # exp([[Z, dt B], [0, 0]]) = [[exp(Z), A^-1 (exp(Z) - I) B], [0, 1]]: no inverse of A, which may be singular.
-    augmented = torch.cat([Z, (dt * B).unsqueeze(-1)], dim=-1)
-    E = matrix_expm1(torch.nn.functional.pad(augmented, (0, 0, 0, 1)))
-    return _plus_identity(E[..., :-1, :-1]), E[..., :-1, -1]
+    # exp([[Z, dt B], [0, 0]]) = [[exp(Z), A^-1 (exp(Z) - I) B], [0, 1]]: no inverse of A, which may be singular. While E
+    # goes to E^2 + 2 E the last column v goes to E v + 2 v: products of N x N matrices, since N + 1 fills no tiles.
+    augmented = torch.nn.functional.pad(torch.cat([Z, (dt * B).unsqueeze(-1)], dim=-1), (0, 0, 0, 1))
+    start = _expm1_of_small(augmented / 2**SQUARINGS)
+    E, v = start[..., :-1, :-1].contiguous(), start[..., :-1, -1:].contiguous()
+    for _ in range(SQUARINGS):
+        v, E = torch.baddbmm(v, E, v, beta=2), torch.baddbmm(E, E, E, beta=2)
+    return _plus_identity(E), v.squeeze(-1)
 
 
 def _dirac_dense(Z: Tensor, resolvent: Resolvent, B: Tensor, dt: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
