@@ -54,7 +54,7 @@ class SaShiMi(nn.Module):
         quantization: one of QUANTIZATIONS.
         num_levels: an even number.
         unet: whether the tiers, all but the innermost, also have their blocks on the way down, before the pool.
-        num_classes: of class-conditional models, whose every call wants labels; 0 has none, and then a label changes nothing.
+        num_classes: of a class-conditional model, whose every call wants labels; with 0 a label changes nothing.
         dropout: probability, in the feed-forward blocks.
         chunk_samples: longer clips are trained and scored in chunks of so many samples, a multiple of the product of pools,
             with the state carried over: gradients are those of the whole, and memory is that of a chunk.
@@ -107,9 +107,10 @@ class SaShiMi(nn.Module):
         self.unet, self.num_classes, self.dropout, self.chunk_samples = unet, num_classes, dropout, chunk_samples
 
         def blocks(index: int) -> list[nn.Module]:
-            width = d_model * expand**index
-            pairs = [(GatedBlock(LAYERS[layer](width, d_state)), FeedForward(width, 2, dropout)) for _ in range(depths[index])]
-            return [block for pair in pairs for block in pair]
+            width, made = d_model * expand**index, list[nn.Module]()
+            for _ in range(depths[index]):
+                made += [GatedBlock(LAYERS[layer](width, d_state)), FeedForward(width, 2, dropout)]
+            return made
 
         def tier(index: int) -> list[nn.Module]:
             if index == len(pools):
@@ -146,7 +147,9 @@ class SaShiMi(nn.Module):
         if self.classes is not None:
             if label is None or tuple(label.shape) != (batch_size,):
                 found = "there is none" if label is None else f"its shape is {tuple(label.shape)}"
-                raise ValueError(f"the model has {self.num_classes} classes and wants a label a clip, ({batch_size},); {found}.")
+                raise ValueError(
+                    f"the model has {self.num_classes} classes and wants a label a clip, ({batch_size},); {found}."
+                )
             condition = self.classes(label).unsqueeze(-1)
         return SaShiMiState(previous, condition, self.layers.initial_state(batch_size))
 
@@ -219,9 +222,9 @@ class SaShiMi(nn.Module):
         for block in uniform.split(CHECKED):
             blocks.append(stepper(block))
             refuse_runaway(*blocks[-1], self.num_levels)
-        codes, bits = (torch.cat(part).T for part in zip(*blocks, strict=True))
+        codes, log2_p = (torch.cat(part).T for part in zip(*blocks, strict=True))  # (B, num_samples)
         audio = dequantize(codes, self.num_levels, self.quantization).unsqueeze(1)
-        return Generated(audio, codes, bits.sum(-1), label)
+        return Generated(audio, codes, log2_p.sum(-1), label)
 
     def sample(
         self,
@@ -234,9 +237,7 @@ class SaShiMi(nn.Module):
         top_p: float = 1.0,
     ) -> Tensor:
         """(B, 1, num_samples); arguments and errors are those of `generate`."""
-        made = self.generate(
-            batch_size, num_samples, label=label, generator=generator, temperature=temperature, top_p=top_p
-        )
+        made = self.generate(batch_size, num_samples, label=label, generator=generator, temperature=temperature, top_p=top_p)
         return made.audio
 
     def continue_(
@@ -294,15 +295,15 @@ def surprise(logits: Tensor, codes: Tensor) -> Tensor:
     return F.cross_entropy(logits, codes, reduction="none").sum(-1) / math.log(2)
 
 
-def refuse_runaway(codes: Tensor, bits: Tensor, num_levels: int) -> None:
-    """Raises: RuntimeError, if codes (n, B) were drawn of probabilities that are no numbers, or a block of CHECKED samples of
-    a clip is full scale of one sign throughout. Silence, a constant too, is nothing wrong.
+def refuse_runaway(codes: Tensor, log2_p: Tensor, num_levels: int) -> None:
+    """Raises: RuntimeError, if codes (n, B) were drawn of probabilities that are no numbers, or a clip of CHECKED samples is
+    full scale of one sign throughout. Silence, a constant too, is nothing wrong.
     """
-    lost = ~torch.isfinite(bits).all(0)  # (B,)
+    lost = ~torch.isfinite(log2_p).all(0)  # (B,)
     if lost.any():
         raise RuntimeError(
-            f"clip {int(lost.nonzero()[0])} of the batch ran away: its probabilities are no longer finite numbers. The model "
-            "has diverged; take an earlier one, or train it with a lower learning rate."
+            f"clip {int(lost.nonzero()[0])} of the batch ran away: its probabilities are no longer finite numbers. The "
+            "model has diverged; take an earlier one, or train it with a lower learning rate."
         )
     first = codes[0]
     stuck = (codes == first).all(0) & ((first == 0) | (first == num_levels - 1))

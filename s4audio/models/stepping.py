@@ -41,9 +41,9 @@ class Stepper:
         self.period, self.length = math.prod(model.pools), length
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __call__(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """Uniform numbers in [0, 1), (n, B) -> the codes that they draw, (n, B), and the log2 of their probability, (n, B)."""
+        """Uniform numbers in [0, 1) -> the codes that they draw, and the log2 of the codes' probability; each (n, B)."""
         if not uniform.is_cuda:
             return self._run(uniform)
         begun = min(-self.length % self.period, len(uniform))  # to the end of a frame that has begun
@@ -51,13 +51,13 @@ class Stepper:
         made = [self._run(part) for part in (uniform[:begun],) if len(part)]
         made += [self._replay(frame) for frame in uniform[begun:end].split(self.period) if len(frame)]
         made += [self._run(part) for part in (uniform[end:],) if len(part)]
-        codes, bits = zip(*made, strict=True)
-        return torch.cat(codes), torch.cat(bits)
+        codes, log2_p = zip(*made, strict=True)
+        return torch.cat(codes), torch.cat(log2_p)
 
     def _run(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        codes, bits = zip(*(self._draw(u, t) for t, u in enumerate(uniform.unbind(), self.length)), strict=True)
+        codes, log_p = zip(*(self._draw(u, t) for t, u in enumerate(uniform.unbind(), self.length)), strict=True)
         self.length += len(uniform)
-        return torch.stack(codes), torch.stack(bits) / math.log(2)
+        return torch.stack(codes), torch.stack(log_p) / math.log(2)
 
     def _draw(self, uniform: Tensor, t: int) -> tuple[Tensor, Tensor]:
         """The code (B,) of sample t, and the natural logarithm of its probability under the model."""
@@ -82,7 +82,7 @@ class Stepper:
         self.uniform.copy_(uniform)
         self.graph.replay()
         self.length += self.period
-        return self.codes.clone(), self.bits.clone()
+        return self.codes.clone(), self.log2_p.clone()
 
     def _capture(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """The first frame runs as it is, on a stream of its own, which warms libraries up; then the next is captured."""
@@ -94,7 +94,7 @@ class Stepper:
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):  # which runs nothing
-            self.codes, self.bits = self._run(self.uniform)
+            self.codes, self.log2_p = self._run(self.uniform)
         self.length -= self.period
         return made
 
@@ -119,8 +119,7 @@ def step_of(module: nn.Module, state: Any, length: int) -> Step:
         weight, bias = module.weight.detach(), module.bias.detach()
         return lambda u, t: F.layer_norm(u, u.shape[-1:], weight, bias, EPSILON)
     if isinstance(module, nn.Conv1d) and module.kernel_size == (1,):
-        matrix, offset = module.weight.detach()[..., 0], module.bias
-        return lambda u, t: F.linear(u, matrix, offset)
+        return _linear(module.weight[..., 0], module.bias)
     if isinstance(module, nn.GELU):
         return lambda u, t: F.gelu(u)
     if isinstance(module, nn.GLU):
@@ -128,6 +127,13 @@ def step_of(module: nn.Module, state: Any, length: int) -> Step:
     if isinstance(module, nn.Dropout | nn.Identity):
         return lambda u, t: u
     raise TypeError(f"{module} has no step of its own; write one in stepping.py.")
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> Step:
+    """u weight^T + bias; transposed once, which is what a product of one row would wait for."""
+    matrix, offset = weight.detach().T.contiguous(), bias
+    assert offset is not None
+    return lambda u, t: torch.addmm(offset, u, matrix)
 
 
 def _in_a_row(steps: list[Step]) -> Step:
@@ -144,9 +150,8 @@ def _step_of_pooled(module: Pooled, state: PooledState, length: int) -> Step:
     inner = step_of(module.inner, state.inner, length // factor)
     down, up = module.down.conv, module.up.conv
     # Frames as (B, factor, C), so that each sample lies in one piece.
-    into, into_bias = down.weight.detach().mT.flatten(1), down.bias
-    out = up.weight.detach().permute(2, 1, 0).flatten(0, 1)  # (factor C, d_inner)
-    out_bias = up.bias.detach().repeat(factor)  # type: ignore[union-attr]
+    into = _linear(down.weight.mT.flatten(1), down.bias)
+    out = _linear(up.weight.permute(2, 1, 0).flatten(0, 1), up.bias.repeat(factor))  # type: ignore[union-attr]
     frame = state.ready.new_zeros(state.ready.shape[0], factor, module.down.conv.in_channels)
     ready = frame.clone()
     frame[:, :begun] = state.down.kept.mT
@@ -158,7 +163,7 @@ def _step_of_pooled(module: Pooled, state: PooledState, length: int) -> Step:
         places[k].copy_(u)
         u = u + coming[k]
         if k == factor - 1:
-            ready.copy_(F.linear(inner(F.linear(flat, into, into_bias), t // factor), out, out_bias).view_as(ready))
+            ready.copy_(out(inner(into(flat, t), t // factor), t).view_as(ready))
         return u
 
     return step
