@@ -125,15 +125,13 @@ class SaShiMi(nn.Module):
 
     def codes(self, audio: Tensor) -> Tensor:
         """(B, 1, T) -> (B, T) whole numbers below num_levels."""
-        if audio.dim() != 3 or audio.shape[1] != 1:
-            raise ValueError(f"audio has shape {tuple(audio.shape)}; wanted (batch, 1, samples).")
-        return quantize(audio[:, 0], self.num_levels, self.quantization)
+        return to_codes(audio, self.num_levels, self.quantization)
 
     def forward(self, audio: Tensor, label: Tensor | None = None) -> Tensor:
         """(B, 1, T) -> logits (B, num_levels, T) of each sample, given those before it."""
         codes = self.codes(audio)
         before = self.initial_state(len(codes), label)
-        return self.layers(self._embed(_shifted(codes, before.previous), before.condition))
+        return self.layers(self._embed(shifted(codes, before.previous), before.condition))
 
     def initial_state(self, batch_size: int, label: Tensor | None = None) -> SaShiMiState:
         """The state before the first sample, which follows on silence.
@@ -276,7 +274,7 @@ class SaShiMi(nn.Module):
 
     def _stream(self, codes: Tensor, state: SaShiMiState) -> tuple[Tensor, SaShiMiState]:
         """(B, n) codes and the state before them -> logits (B, num_levels, n) and the state after them."""
-        logits, layers = self.layers.stream(self._embed(_shifted(codes, state.previous), state.condition), state.layers)
+        logits, layers = self.layers.stream(self._embed(shifted(codes, state.previous), state.condition), state.layers)
         previous = codes[:, -1] if codes.shape[-1] else state.previous
         return logits, SaShiMiState(previous.clone(), state.condition, layers)
 
@@ -285,7 +283,18 @@ class SaShiMi(nn.Module):
         return self.embedding(codes).mT + condition
 
 
-def _shifted(codes: Tensor, previous: Tensor) -> Tensor:
+def to_codes(audio: Tensor, num_levels: int, quantization: str) -> Tensor:
+    """(B, 1, T) -> (B, T), as `quantize`.
+
+    Raises:
+        ValueError: the audio is not of that shape.
+    """
+    if audio.dim() != 3 or audio.shape[1] != 1:
+        raise ValueError(f"audio has shape {tuple(audio.shape)}; wanted (batch, 1, samples).")
+    return quantize(audio[:, 0], num_levels, quantization)
+
+
+def shifted(codes: Tensor, previous: Tensor) -> Tensor:
     """(B, n) -> (B, n): the code before each."""
     return torch.cat([previous.unsqueeze(-1), codes], dim=-1)[:, : codes.shape[-1]]
 
