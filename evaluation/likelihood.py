@@ -5,7 +5,7 @@
 
 Every file is scored whole, from silence on, mono at the models' rate and at the level that they were trained on: the
 negative log2 of the probability of its codes, over its samples. Beside the models stands order 0, which knows how often each
-code comes in --train and nothing of the past. Bits of different quantizations, rates or levels do not compare, so models that
+code comes in --train and nothing of the past. Bits of different quantizations, rates or levels do not compare: models that
 differ in these are refused. What is given is the mean over all samples of all files, and the deviation of the files' own.
 """
 
