@@ -19,6 +19,7 @@ from s4audio.layers.s4 import S4State
 from s4audio.ssm.dplr import real_vector
 
 Step = Callable[[Tensor, int], Tensor]  # a sample (B, C) and its number since the start, of which frames are told
+FEW_CLIPS = 16  # at most, on a CPU
 
 
 class Stepper:
@@ -45,7 +46,7 @@ class Stepper:
     def __call__(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """Uniform numbers in [0, 1) -> the codes that they draw, and the log2 of the codes' probability; each (n, B)."""
         if not uniform.is_cuda:
-            return self._run(uniform)
+            return self._run_on_one_thread(uniform)
         begun = min(-self.length % self.period, len(uniform))  # to the end of a frame that has begun
         end = begun + (len(uniform) - begun) // self.period * self.period
         made = [self._run(part) for part in (uniform[:begun],) if len(part)]
@@ -53,6 +54,15 @@ class Stepper:
         made += [self._run(part) for part in (uniform[end:],) if len(part)]
         codes, log2_p = zip(*made, strict=True)
         return torch.cat(codes), torch.cat(log2_p)
+
+    def _run_on_one_thread(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """Of operations as small as those of a few clips, threads would only wait for each other."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1 if uniform.shape[1] <= FEW_CLIPS else threads)
+        try:
+            return self._run(uniform)
+        finally:
+            torch.set_num_threads(threads)
 
     def _run(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
         codes, log_p = zip(*(self._draw(u, t) for t, u in enumerate(uniform.unbind(), self.length)), strict=True)
