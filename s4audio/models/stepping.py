@@ -6,17 +6,21 @@ is the recurrence of the layer that it is made from, whose `stream` and `forward
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from s4audio.layers import S4, S4D, Chain, ChannelNorm, Pooled, Residual
+from s4audio.layers import S4, S4D, Chain, ChannelNorm, FeedForward, GatedBlock, Pooled, Residual
 from s4audio.layers.blocks import EPSILON, PooledState
 from s4audio.layers.s4 import S4State
+from s4audio.ssm import ops
 from s4audio.ssm.dplr import real_vector
+
+if ops.fused is not None:  # Triton is installed
+    from s4audio.layers import triton_step as fused
 
 Step = Callable[[Tensor, int], Tensor]  # a sample (B, C) and its number since the start, of which frames are told
 FEW_CLIPS = 16  # at most, on a CPU
@@ -34,11 +38,18 @@ class Stepper:
     """
 
     def __init__(self, model: Any, state: Any, length: int, temperature: float, top_p: float) -> None:
-        self.layers = step_of(model.layers, state.layers, length)
-        self.table, self.condition = model.embedding.weight.detach(), state.condition[..., 0].clone()
-        self.conditional = model.num_classes > 0
-        self.previous = state.previous.clone()
+        *layers, norm, linear = model.layers
+        self.layers = step_of(Chain(*layers), state.layers[:-2], length)
+        self.logits = step_of(Chain(norm, linear), (None, None), length)
+        table, condition = model.embedding.weight.detach(), state.condition[..., 0].clone()
+        self.table, self.condition = table, condition
+        self.following = table[state.previous] + condition  # (B, d_model), what goes in next
         self.temperature, self.top_p = temperature, top_p
+        self.head: Any = None
+        if _fuses(self.following) and top_p == 1:
+            passed = torch.empty_like(self.following)
+            weight = linear.weight.detach()[..., 0].T.contiguous()
+            self.head = fused.Head(_affine(norm), weight, linear.bias.detach(), table, condition, passed)
         self.period, self.length = math.prod(model.pools), length
         self.graph: torch.cuda.CUDAGraph | None = None
 
@@ -71,9 +82,10 @@ class Stepper:
 
     def _draw(self, uniform: Tensor, t: int) -> tuple[Tensor, Tensor]:
         """The code (B,) of sample t, and the natural logarithm of its probability under the model."""
-        u = F.embedding(self.previous, self.table)
-        logits = self.layers(u + self.condition if self.conditional else u, t)
-        log_p = logits.log_softmax(-1)
+        u = self.layers(self.following, t)
+        if self.head is not None:
+            return fused.draw(u, uniform, self.head, self.following, self.temperature, EPSILON)
+        log_p = self.logits(u, t).log_softmax(-1)
         p = log_p.exp() if self.temperature == 1 else (log_p / self.temperature).softmax(-1)
         if self.top_p < 1:
             p, order = p.sort(dim=-1, descending=True)
@@ -82,7 +94,7 @@ class Stepper:
         threshold = uniform.unsqueeze(-1) * cdf[:, -1:]
         place = torch.searchsorted(cdf, threshold, right=True).clamp_max(cdf.shape[-1] - 1)  # (B, 1)
         code = order.gather(-1, place) if self.top_p < 1 else place
-        self.previous.copy_(code[:, 0])
+        torch.add(self.table[code[:, 0]], self.condition, out=self.following)
         return code[:, 0], log_p.gather(-1, code)[:, 0]
 
     def _replay(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,8 +128,7 @@ def step_of(module: nn.Module, state: Any, length: int) -> Step:
         TypeError: there is no step for this kind of module.
     """
     if isinstance(module, Chain):
-        steps = [step_of(part, of, length) for part, of in zip(module.parts(), state, strict=True)]
-        return _in_a_row([step for step in steps if step is not None])
+        return _in_a_row(list(_steps_of(list(module), state, length)))
     if isinstance(module, Residual):
         inner = step_of(module.inner, state, length)
         return lambda u, t: u + inner(u, t)
@@ -144,6 +155,65 @@ def _linear(weight: Tensor, bias: Tensor | None) -> Step:
     matrix, offset = weight.detach().T.contiguous(), bias
     assert offset is not None
     return lambda u, t: torch.addmm(offset, u, matrix)
+
+
+def _steps_of(modules: list[Any], states: Sequence[Any], length: int) -> Iterator[Step]:
+    """Those of modules in a row; pairs of blocks that follow each other are one, where they are fused."""
+    place = 0
+    while place < len(modules):
+        end = place
+        while end + 1 < len(modules) and _is_pair(modules[end], modules[end + 1], states[end]):
+            end += 2
+        if end > place:
+            yield _step_of_pairs(modules[place:end], states[place:end])
+        else:
+            yield step_of(modules[place], states[place], length)
+            end += 1
+        place = end
+
+
+def _fuses(u: Tensor) -> bool:
+    """Whether samples like u (B, C) go through the fused kernels."""
+    return ops.fuses(u) and fused.takes(u)
+
+
+def _is_pair(block: nn.Module, following: nn.Module, state: Any) -> bool:
+    """Whether the two are what fused kernels step as one."""
+    if not (isinstance(block, GatedBlock) and isinstance(following, FeedForward)):
+        return False
+    layer: Any = block.inner[1]
+    wide: Any = following.inner[1]
+    return not isinstance(layer, S4) and wide.out_channels == 2 * layer.d_model and _fuses(state[1].x[..., 0].real)
+
+
+def _step_of_pairs(modules: list[Any], states: Sequence[Any]) -> Step:
+    blocks, others = modules[::2], modules[1::2]
+    systems = [_frozen(block.inner[1], of[1]) for block, of in zip(blocks, states[::2], strict=True)]
+
+    def stacked(tensors: Iterable[Tensor]) -> Tensor:
+        return torch.stack([tensor.detach() for tensor in tensors]).contiguous()
+
+    def parts(index: int) -> Tensor:
+        """(P, …, 2, H, N/2): real and imaginary parts of one of the systems' tensors."""
+        return stacked(torch.view_as_real(system[index].resolve_conj()).movedim(-1, -3) for system in systems)
+
+    def linear(layers: list[Any]) -> tuple[Tensor, Tensor]:
+        return stacked(layer.weight[..., 0].T for layer in layers), stacked(layer.bias for layer in layers)
+
+    norms = [(block.inner[0], other.inner[0]) for block, other in zip(blocks, others, strict=True)]
+    z = parts(2)
+    pairs = fused.Pairs(
+        stacked(torch.stack([_affine(norm) for norm in of]) for of in norms),
+        parts(0), parts(1), stacked(block.inner[1].D for block in blocks),
+        *linear([block.inner[3] for block in blocks]), *linear([other.inner[1] for other in others]),
+        *linear([other.inner[4] for other in others]), z, z.new_empty(z.shape[1], 2 * z.shape[3]),
+    )  # fmt: skip
+    return lambda u, t: fused.through_pairs(u, pairs, EPSILON)
+
+
+def _affine(norm: ChannelNorm) -> Tensor:
+    """(2, C), weight and bias."""
+    return torch.stack([norm.weight, norm.bias]).detach()
 
 
 def _in_a_row(steps: list[Step]) -> Step:
@@ -179,16 +249,21 @@ def _step_of_pooled(module: Pooled, state: PooledState, length: int) -> Step:
     return step
 
 
-def _step_of_s4d(module: S4D, state: S4State) -> Step:
-    """x = A_bar x + B_bar u and y = 2 Re(C x) + D u, on z = x / B_bar: one product less."""
+def _frozen(module: S4D, state: S4State) -> tuple[Tensor, Tensor, Tensor]:
+    """A_bar, conj(2 C B_bar), both (H, N/2), and z (B, H, N/2): x = A_bar x + B_bar u for z = x / B_bar has a product less,
+    z = A_bar z + u, and the output is the sum of Re z and Im z times the parts of the second."""
     system: Any = module.system()
-    A, D = torch.exp(system.log_A_bar).to(state.x.dtype), module.D.detach()
-    C = 2 * (system.C * system.B_bar).to(state.x.dtype)
+    A = torch.exp(system.log_A_bar).to(state.x.dtype)
+    C = (2 * (system.C * system.B_bar).conj().resolve_conj()).to(state.x.dtype)
     # A mode that nothing drives stays as it is: at nothing.
-    z = torch.where(system.B_bar == 0, 0, state.x / system.B_bar).contiguous()
-    parts = torch.view_as_real(z)  # (B, H, N/2, 2)
-    re, readout = parts[..., 0], torch.view_as_real(C.conj().resolve_conj()).flatten(-2)  # (H, N)
-    both = parts.flatten(-2)
+    return A, C, torch.where(system.B_bar == 0, 0, state.x / system.B_bar).contiguous()
+
+
+def _step_of_s4d(module: S4D, state: S4State) -> Step:
+    A, C, z = _frozen(module, state)
+    D, readout = module.D.detach(), torch.view_as_real(C).flatten(-2)  # (H, N)
+    both = torch.view_as_real(z).flatten(-2)  # (B, H, N), the same memory as z
+    re = both[..., ::2]
 
     def step(u: Tensor, t: int) -> Tensor:
         z.mul_(A)

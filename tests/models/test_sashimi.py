@@ -8,9 +8,13 @@ import torch
 from torch import nn
 
 from s4audio.models import sashimi as module
+from s4audio.models import stepping
 from s4audio.models.sashimi import CHECKED, SaShiMi
 from s4audio.models.stepping import Stepper, step_of
+from s4audio.ssm import backend
 from tests.test_streaming import random_sizes
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 VARIANTS = {
     "S4D": {},
@@ -271,6 +275,48 @@ def test_it_learns_a_period():
     assert order_0 > 2.9 and loss.item() < 0.5 * order_0
     made = built.eval().sample(1, 240, generator=seeded())
     assert 18 <= torch.fft.rfft(made[0, 0]).abs().argmax() <= 22 and made.abs().max() > 0.3  # 20 periods in 240 samples
+
+
+@pytest.mark.parametrize(
+    ("arguments", "temperature", "top_p"),
+    [
+        ({"num_classes": 3}, 0.7, 1.0),
+        ({"num_levels": 20, "num_blocks": (2, 1)}, 1.0, 1.0),
+        ({"layer": "S4"}, 1.0, 0.8),
+    ],
+)
+def test_fused_steps_draw_the_same(monkeypatch, arguments, temperature, top_p):
+    """On a CPU in Triton's interpreter; sizes are no powers of two, so that the kernels' masks count."""
+    pytest.importorskip("triton")
+    launched = []
+    for name in ("through_pairs", "draw"):
+        kernel = getattr(stepping.fused, name)
+        monkeypatch.setattr(stepping.fused, name, lambda *a, name=name, kernel=kernel: launched.append(name) or kernel(*a))
+    built, found = model(pools=(3,), **{"num_blocks": 1, **arguments}).to(DEVICE), []
+    label = torch.tensor([0, 2], device=DEVICE) if built.num_classes else None
+    for name in ("chunk", "triton"):
+        assert launched == []
+        with backend(name):
+            made = built.generate(
+                2, 9, label=label, generator=seeded(), temperature=temperature, top_p=top_p, prefix=noise(2, 1, 4)
+            )
+            found.append(made)
+    assert set(launched) == (set() if built.layer == "S4" else {"through_pairs", "draw"})
+    assert torch.equal(found[0].codes, found[1].codes)
+    torch.testing.assert_close(found[0].log_likelihood, found[1].log_likelihood, rtol=1e-5, atol=0)
+
+
+def test_generation_leaves_the_number_of_threads_as_it_was():
+    built, threads = model(), torch.get_num_threads()
+    with torch.no_grad():
+        built.layers[-1].bias[0] = math.nan
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(RuntimeError, match="ran away"):
+            built.generate(1, 5)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.gpu
