@@ -30,7 +30,7 @@ SAME = ("sample_rate", "num_levels", "quantization", "normalize")  # what bits d
 def settings(path: str) -> dict[str, Any]:
     """Those of SAME, of the model in a folder."""
     config = checkpoint.read_config(path)
-    if config["class"] not in ("SaShiMi", "WaveNet") or config["arguments"].get("num_classes"):
+    if config["class"] not in ("SaShiMi", "WaveNet") or config["arguments"].get("classes"):
         raise SystemExit(f"{path} is a {config['class']}; wanted a SaShiMi without classes or a WaveNet.")
     return {**config["arguments"], "normalize": config["training"].get("normalize", "none")}
 

@@ -11,7 +11,7 @@ ABOUT = {  # class -> what the hub sorts it under, and what it is
     ),
     "S4DAutoencoder": ("audio-to-audio", "A small autoencoder of raw audio, made of S4D layers"),
     "S4Model": ("image-classification", "A classifier of sequences, made of state-space layers"),
-    "SaShiMi": ("audio-to-audio", "An autoregressive model of raw audio, made of state-space layers"),
+    "SaShiMi": ("text-to-audio", "An autoregressive model of raw audio, made of state-space layers"),
     "WaveNet": ("audio-to-audio", "An autoregressive model of raw audio, made of convolutions, that tells likelihoods"),
 }
 READ = {"train_files", "train_seconds", "valid_files", "valid_seconds", "normalize"}  # of recordings

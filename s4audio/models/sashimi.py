@@ -54,7 +54,8 @@ class SaShiMi(nn.Module):
         quantization: one of QUANTIZATIONS.
         num_levels: an even number.
         unet: whether the tiers, all but the innermost, also have their blocks on the way down, before the pool.
-        num_classes: of a class-conditional model, whose every call wants labels; with 0 a label changes nothing.
+        classes: names of the labels, in the order of their numbers. A model that has them wants labels in every call; to one
+            without, a label changes nothing.
         dropout: probability, in the feed-forward blocks.
         chunk_samples: longer clips are trained and scored in chunks of so many samples, a multiple of the product of pools,
             with the state carried over: gradients are those of the whole, and memory is that of a chunk.
@@ -81,7 +82,7 @@ class SaShiMi(nn.Module):
         quantization: str = "mu_law",
         num_levels: int = 256,
         unet: bool = False,
-        num_classes: int = 0,
+        classes: Sequence[str] = (),
         dropout: float = 0.0,
         chunk_samples: int = 32768,
     ) -> None:
@@ -91,11 +92,17 @@ class SaShiMi(nn.Module):
         depths = [num_blocks] * (len(pools) + 1) if isinstance(num_blocks, int) else list(num_blocks)
         if len(depths) != len(pools) + 1:
             raise ValueError(f"num_blocks has {len(depths)} entries and pools {len(pools)}; wanted one more than pools.")
-        if min(d_model, expand, *depths) < 1 or min(pools, default=2) < 2 or num_classes < 0:
+        if min(d_model, expand, *depths) < 1 or min(pools, default=2) < 2:
             raise ValueError(
                 f"d_model {d_model}, expand {expand} and num_blocks {num_blocks} must be at least 1, pools {list(pools)} at "
-                f"least 2, and num_classes {num_classes} not negative."
+                "least 2."
             )
+        if (
+            isinstance(classes, str)
+            or not all(isinstance(name, str) for name in classes)
+            or len(set(classes)) < len(classes)
+        ):
+            raise ValueError(f"classes is {classes!r}; wanted a list of names, each once.")
         if layer not in LAYERS:
             raise ValueError(f"layer is {layer!r}; choose one of {', '.join(LAYERS)}.")
         period = math.prod(pools)
@@ -104,7 +111,7 @@ class SaShiMi(nn.Module):
         self.sample_rate, self.d_model, self.pools, self.expand = sample_rate, d_model, tuple(pools), expand
         self.num_blocks = num_blocks if isinstance(num_blocks, int) else tuple(num_blocks)
         self.d_state, self.layer, self.quantization, self.num_levels = d_state, layer, quantization, num_levels
-        self.unet, self.num_classes, self.dropout, self.chunk_samples = unet, num_classes, dropout, chunk_samples
+        self.unet, self.classes, self.dropout, self.chunk_samples = unet, tuple(classes), dropout, chunk_samples
 
         def blocks(index: int) -> list[nn.Module]:
             width, made = d_model * expand**index, list[nn.Module]()
@@ -120,7 +127,7 @@ class SaShiMi(nn.Module):
             return [*down, Pooled(width, width * expand, pools[index], *tier(index + 1)), *blocks(index)]
 
         self.embedding = nn.Embedding(num_levels, d_model)
-        self.classes = nn.Embedding(num_classes, d_model) if num_classes else None
+        self.embed_label = nn.Embedding(len(classes), d_model) if classes else None
         self.layers = Chain(*tier(0), ChannelNorm(d_model), nn.Conv1d(d_model, num_levels, 1))
 
     def codes(self, audio: Tensor) -> Tensor:
@@ -142,13 +149,13 @@ class SaShiMi(nn.Module):
         weight = self.embedding.weight
         previous = torch.full((batch_size,), self.num_levels // 2, device=weight.device)
         condition = weight.new_zeros(batch_size, self.d_model, 1)
-        if self.classes is not None:
+        if self.embed_label is not None:
             if label is None or tuple(label.shape) != (batch_size,):
                 found = "there is none" if label is None else f"its shape is {tuple(label.shape)}"
                 raise ValueError(
-                    f"the model has {self.num_classes} classes and wants a label a clip, ({batch_size},); {found}."
+                    f"the model has {len(self.classes)} classes and wants a label a clip, ({batch_size},); {found}."
                 )
-            condition = self.classes(label).unsqueeze(-1)
+            condition = self.embed_label(label).unsqueeze(-1)
         return SaShiMiState(previous, condition, self.layers.initial_state(batch_size))
 
     def stream(self, audio: Tensor, state: SaShiMiState) -> tuple[Tensor, SaShiMiState]:
@@ -202,12 +209,12 @@ class SaShiMi(nn.Module):
         if prefix is not None and prefix.shape[0] != batch_size:
             raise ValueError(f"prefix has {prefix.shape[0]} clips and batch_size is {batch_size}; wanted one for each.")
         device = self.embedding.weight.device
-        if not self.num_classes:
+        if not self.classes:
             label = None
         elif label is None:
-            label = (noise((batch_size,), generator, torch.rand) * self.num_classes).long().to(device)
-        elif label.numel() and not 0 <= int(label.min()) <= int(label.max()) < self.num_classes:
-            raise ValueError(f"label is {label.tolist()}; the classes are 0 to {self.num_classes - 1}.")
+            label = (noise((batch_size,), generator, torch.rand) * len(self.classes)).long().to(device)
+        elif label.numel() and not 0 <= int(label.min()) <= int(label.max()) < len(self.classes):
+            raise ValueError(f"label is {label.tolist()}; wanted numbers below {len(self.classes)}, of the model's classes.")
         state = self.initial_state(batch_size, label)
         length = 0
         if prefix is not None:

@@ -16,11 +16,12 @@ from tests.test_streaming import random_sizes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
+CLASSES = ("left", "right", "both")
 VARIANTS = {
     "S4D": {},
     "S4": {"layer": "S4"},
     "unet": {"unet": True},
-    "classes": {"num_classes": 3},
+    "classes": {"classes": CLASSES},
     "no pools": {"pools": (), "num_blocks": 2},
     "one pool": {"pools": (5,), "num_blocks": (1, 2)},
 }
@@ -33,7 +34,7 @@ def model(**arguments) -> SaShiMi:
 
 
 def labels(built: SaShiMi, batch_size: int) -> torch.Tensor | None:
-    return torch.arange(batch_size) % built.num_classes if built.num_classes else None
+    return torch.arange(batch_size) % 3 if built.classes else None
 
 
 def noise(*shape: int) -> torch.Tensor:
@@ -181,7 +182,7 @@ def test_modes_that_nothing_drives_take_part_in_a_step(layer):
 
 
 def test_the_same_generators_make_the_same_clips_and_classes_are_drawn():
-    built = model(num_classes=3)
+    built = model(classes=CLASSES)
     first, again = (built.generate(4, 30, generator=[seeded(s) for s in range(4)]) for _ in range(2))
     turned = built.generate(4, 30, generator=[seeded(s) for s in (3, 2, 1, 0)])
     assert torch.equal(first.codes, again.codes) and torch.equal(first.label, again.label)
@@ -222,6 +223,8 @@ def test_a_model_that_runs_away_is_stopped():
         ({"layer": "S5"}, "layer is 'S5'; choose one of S4D, S4"),
         ({"quantization": "a_law"}, "quantization is 'a_law'"),
         ({"num_levels": 17}, "num_levels is 17"),
+        ({"classes": ("a", "b", "a")}, "wanted a list of names, each once"),
+        ({"classes": "ab"}, "wanted a list of names, each once"),
         ({"chunk_samples": 31}, "chunk_samples is 31; wanted a multiple of the product of pools, 6"),
     ],
 )
@@ -237,21 +240,21 @@ def test_arguments_outside_their_range_are_refused(arguments, message):
         ({"top_p": 1.5}, r"top_p 1.5 in \(0, 1\]"),
         ({"num_samples": 0}, "num_samples 0 must be at least 1"),
         ({"prefix": torch.zeros(2, 1, 5)}, "prefix has 2 clips and batch_size is 1"),
-        ({"label": torch.tensor([3])}, r"label is \[3\]; the classes are 0 to 2"),
+        ({"label": torch.tensor([3])}, r"label is \[3\]; wanted numbers below 3"),
         ({"label": torch.tensor([1, 1])}, r"wants a label a clip, \(1,\); its shape is \(2,\)"),
         ({"generator": [seeded(), seeded()]}, "there are 2 generators for a batch of 1"),
     ],
 )
 def test_what_cannot_be_generated_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        model(num_classes=3).generate(**{"batch_size": 1, "num_samples": 5, **arguments})
+        model(classes=CLASSES).generate(**{"batch_size": 1, "num_samples": 5, **arguments})
 
 
 def test_audio_and_labels_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"audio has shape \(1, 2, 30\); wanted \(batch, 1, samples\)"):
         model()(noise(1, 2, 30))
     with pytest.raises(ValueError, match=r"the model has 3 classes and wants a label a clip, \(1,\); there is none"):
-        model(num_classes=3).training_losses(noise(1, 1, 30))
+        model(classes=CLASSES).training_losses(noise(1, 1, 30))
     assert torch.equal(model()(noise(1, 1, 30), torch.tensor([7])), model()(noise(1, 1, 30)))
 
 
@@ -280,7 +283,7 @@ def test_it_learns_a_period():
 @pytest.mark.parametrize(
     ("arguments", "temperature", "top_p"),
     [
-        ({"num_classes": 3}, 0.7, 1.0),
+        ({"classes": CLASSES}, 0.7, 1.0),
         ({"num_levels": 20, "num_blocks": (2, 1)}, 1.0, 1.0),
         ({"layer": "S4"}, 1.0, 0.8),
     ],
@@ -293,7 +296,7 @@ def test_fused_steps_draw_the_same(monkeypatch, arguments, temperature, top_p):
         kernel = getattr(stepping.fused, name)
         monkeypatch.setattr(stepping.fused, name, lambda *a, name=name, kernel=kernel: launched.append(name) or kernel(*a))
     built, found = model(pools=(3,), **{"num_blocks": 1, **arguments}).to(DEVICE), []
-    label = torch.tensor([0, 2], device=DEVICE) if built.num_classes else None
+    label = torch.tensor([0, 2], device=DEVICE) if built.classes else None
     for name in ("chunk", "triton"):
         assert launched == []
         with backend(name):
