@@ -58,11 +58,11 @@ class Stepper:
         """Uniform numbers in [0, 1) -> the codes that they draw, and the log2 of the codes' probability; each (n, B)."""
         if not uniform.is_cuda:
             return self._run_on_one_thread(uniform)
-        begun = min(-self.length % self.period, len(uniform))  # to the end of a frame that has begun
-        end = begun + (len(uniform) - begun) // self.period * self.period
-        made = [self._run(part) for part in (uniform[:begun],) if len(part)]
-        made += [self._replay(frame) for frame in uniform[begun:end].split(self.period) if len(frame)]
-        made += [self._run(part) for part in (uniform[end:],) if len(part)]
+        begun = uniform[: -self.length % self.period]  # of a frame of which there is a part already
+        made = [self._run(begun)] if len(begun) else []
+        for frame in uniform[len(begun) :].split(self.period):
+            if len(frame):
+                made.append(self._replay(frame) if len(frame) == self.period else self._run(frame))
         codes, log2_p = zip(*made, strict=True)
         return torch.cat(codes), torch.cat(log2_p)
 
@@ -150,10 +150,9 @@ def step_of(module: nn.Module, state: Any, length: int) -> Step:
     raise TypeError(f"{module} has no step of its own; write one in stepping.py.")
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> Step:
+def _linear(weight: Tensor, bias: Any) -> Step:
     """u weight^T + bias; transposed once, which is what a product of one row would wait for."""
-    matrix, offset = weight.detach().T.contiguous(), bias
-    assert offset is not None
+    matrix, offset = weight.detach().T.contiguous(), bias.detach()
     return lambda u, t: torch.addmm(offset, u, matrix)
 
 
@@ -229,10 +228,11 @@ def _step_of_pooled(module: Pooled, state: PooledState, length: int) -> Step:
     factor, begun = module.factor, length % module.factor
     inner = step_of(module.inner, state.inner, length // factor)
     down, up = module.down.conv, module.up.conv
+    assert up.bias is not None  # for mypy; nn.ConvTranspose1d has one unless told otherwise
     # Frames as (B, factor, C), so that each sample lies in one piece.
     into = _linear(down.weight.mT.flatten(1), down.bias)
-    out = _linear(up.weight.permute(2, 1, 0).flatten(0, 1), up.bias.repeat(factor))  # type: ignore[union-attr]
-    frame = state.ready.new_zeros(state.ready.shape[0], factor, module.down.conv.in_channels)
+    out = _linear(up.weight.permute(2, 1, 0).flatten(0, 1), up.bias.repeat(factor))
+    frame = state.ready.new_zeros(state.ready.shape[0], factor, down.in_channels)
     ready = frame.clone()
     frame[:, :begun] = state.down.kept.mT
     ready[:, begun:] = state.ready.mT
