@@ -30,8 +30,8 @@ SAME = ("sample_rate", "num_levels", "quantization", "normalize")  # what bits d
 def settings(path: str) -> dict[str, Any]:
     """Those of SAME, of the model in a folder."""
     config = checkpoint.read_config(path)
-    if config["class"] not in ("SaShiMi", "WaveNet") or config["arguments"].get("classes"):
-        raise SystemExit(f"{path} is a {config['class']}; wanted a SaShiMi without classes or a WaveNet.")
+    if config["class"] not in ("SaShiMi", "WaveNet"):
+        raise SystemExit(f"{path} is a {config['class']}; wanted a SaShiMi or a WaveNet.")
     return {**config["arguments"], "normalize": config["training"].get("normalize", "none")}
 
 

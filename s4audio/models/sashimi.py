@@ -54,8 +54,8 @@ class SaShiMi(nn.Module):
         quantization: one of QUANTIZATIONS.
         num_levels: an even number.
         unet: whether the tiers, all but the innermost, also have their blocks on the way down, before the pool.
-        classes: names of the labels, in the order of their numbers. A model that has them wants labels in every call; to one
-            without, a label changes nothing.
+        classes: names of the labels, in the order of their numbers. Where no label is given the classes are equally likely,
+            in likelihoods and in what is generated; logits want one. To a model without classes a label changes nothing.
         dropout: probability, in the feed-forward blocks.
         chunk_samples: longer clips are trained and scored in chunks of so many samples, a multiple of the product of pools,
             with the state carried over: gradients are those of the whole, and memory is that of a chunk.
@@ -263,6 +263,10 @@ class SaShiMi(nn.Module):
 
     def _bits(self, audio: Tensor, label: Tensor | None) -> Tensor:
         """(B,) negative log2 of the probability of each clip's codes."""
+        if self.classes and label is None:
+            numbers = torch.arange(len(self.classes), device=audio.device)
+            each = torch.stack([self._bits(audio, number.expand(len(audio))) for number in numbers])  # (classes, B)
+            return math.log2(len(each)) - torch.logsumexp(-math.log(2) * each, 0) / math.log(2)
         if audio.shape[-1] <= self.chunk_samples:
             return surprise(self(audio, label), self.codes(audio))
         state, bits = self.initial_state(audio.shape[0], label), audio.new_zeros(audio.shape[0])

@@ -89,6 +89,12 @@ def test_the_probabilities_of_all_recordings_add_up_to_one(quantization):
     assert built.log_likelihood(audio).double().exp2().sum().item() == pytest.approx(1, abs=1e-5)
 
 
+def test_without_a_label_classes_are_equally_likely():
+    built, audio = model(classes=CLASSES, chunk_samples=24).double(), noise(2, 1, 60)
+    each = [built.log_likelihood(audio, torch.full((2,), number)).exp2() for number in range(3)]
+    torch.testing.assert_close(built.log_likelihood(audio).exp2(), sum(each) / 3)
+
+
 @pytest.mark.parametrize("length", [60, 95])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_in_chunks_the_loss_and_its_gradients_are_those_of_the_whole(name, length):
@@ -254,7 +260,7 @@ def test_audio_and_labels_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"audio has shape \(1, 2, 30\); wanted \(batch, 1, samples\)"):
         model()(noise(1, 2, 30))
     with pytest.raises(ValueError, match=r"the model has 3 classes and wants a label a clip, \(1,\); there is none"):
-        model(classes=CLASSES).training_losses(noise(1, 1, 30))
+        model(classes=CLASSES)(noise(1, 1, 30))
     assert torch.equal(model()(noise(1, 1, 30), torch.tensor([7])), model()(noise(1, 1, 30)))
 
 
