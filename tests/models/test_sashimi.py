@@ -12,6 +12,7 @@ from s4audio.models import stepping
 from s4audio.models.sashimi import CHECKED, SaShiMi
 from s4audio.models.stepping import Stepper, step_of
 from s4audio.ssm import backend
+from s4audio.tasks.graph import LossGraph
 from tests.test_streaming import random_sizes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -348,3 +349,20 @@ def test_a_graph_of_a_frame_steps_as_it_does_without(name, prefix):
     with torch.inference_mode():
         codes, _ = plain._run(uniform)
     assert torch.equal(codes.T, made.codes)
+
+
+@pytest.mark.gpu
+def test_a_long_clip_is_trained_on_within_20_gib_also_in_a_graph():
+    built = SaShiMi(16000).cuda().train()
+    audio = noise(1, 1, 131_072).cuda()
+    torch.cuda.reset_peak_memory_stats()
+    loss = built.training_losses(audio)["nll"]
+    loss.backward()
+    assert torch.cuda.max_memory_allocated() < 20 * 2**30
+    wanted = [parameter.grad.clone() for parameter in built.parameters()]
+    built.zero_grad()
+    total, _ = LossGraph(built, built.training_losses, (audio,))((audio,), lambda names: [1.0])
+    total.backward()
+    torch.testing.assert_close(total.detach(), loss.detach())
+    for parameter, gradient in zip(built.parameters(), wanted, strict=True):
+        assert (parameter.grad - gradient).norm() <= 1e-3 * gradient.norm()
