@@ -201,7 +201,7 @@ class Pooled(nn.Module):
         factor: samples in a frame.
         inner: modules of d_inner channels that stream.
 
-    Source: Goel et al. 2022, "It's raw! Audio generation with state-space models", section 4.2.
+    Source: Goel et al. 2022, "It's raw! Audio generation with state-space models".
     """
 
     def __init__(self, d_model: int, d_inner: int, factor: int, *inner: nn.Module) -> None:
