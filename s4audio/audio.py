@@ -4,6 +4,7 @@ Audio is a float32 tensor (channels, samples) with full scale at 1; rates are in
 """
 
 import io
+import math
 import os
 import shutil
 import stat
@@ -24,6 +25,7 @@ from s4audio.files import replacing
 EXTENSIONS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64", ".m4a")
 LIBROSA_TOO = (".m4a", ".opus", ".mp3", ".caf")  # what librosa may read where libsndfile cannot
 NORMALIZATIONS = ("none", "peak")
+QUANTIZATIONS = ("linear", "mu_law")
 NOT_AUDIO = "not audio"  # the reason of an AudioError
 MAX_CHANNELS = 8  # 7.1 surround; more is data of another kind, or a damaged header
 MIN_RATE, MAX_RATE = 100, 768_000  # Hz; what says another is damaged, and at 1 Hz a second would become hours
@@ -320,6 +322,47 @@ def normalize(audio: Tensor, how: str) -> Tensor:
         raise ValueError(f"normalize is {how!r}; choose one of {', '.join(NORMALIZATIONS)}.")
     peak = audio.abs().amax()
     return audio if how == "none" or peak == 0 else audio / peak
+
+
+def quantize(audio: Tensor, num_levels: int = 256, how: str = "mu_law") -> Tensor:
+    """The nearest of num_levels levels, as whole numbers 0 … num_levels - 1 of the audio's shape; beyond full scale clipped.
+
+    num_levels / 2 is silence, exactly; as in PCM, 0 is full scale below and the highest level one step less than it above.
+
+    Args:
+        audio: in [-1, 1].
+        num_levels: an even number.
+        how: `linear`, in equal steps; or `mu_law`, in steps that grow with the level: for 256 of them from 1 / 5,760 near
+            silence to 1 / 25 at full scale.
+
+    Raises:
+        ValueError: an unknown way, or a number of levels that is odd or below 4.
+
+    Source: ITU-T G.711, for the shape of mu-law; its mu is num_levels - 1, as in van den Oord et al. 2016, "WaveNet".
+    """
+    check_quantization(num_levels, how)
+    scaled = audio.clamp(-1, 1)
+    if how == "mu_law":
+        mu = num_levels - 1
+        scaled = scaled.sign() * torch.log1p(mu * scaled.abs()) / math.log1p(mu)
+    half = num_levels // 2
+    return ((half * scaled).round() + half).clamp_max(num_levels - 1).long()
+
+
+def dequantize(codes: Tensor, num_levels: int = 256, how: str = "mu_law") -> Tensor:
+    """The audio of whole numbers as `quantize` gives them, whose arguments and errors it has; float32 in [-1, 1)."""
+    check_quantization(num_levels, how)
+    half, mu = num_levels // 2, num_levels - 1
+    scaled = (codes - half).float() / half
+    return scaled if how == "linear" else scaled.sign() * torch.expm1(scaled.abs() * math.log1p(mu)) / mu
+
+
+def check_quantization(num_levels: int, how: str) -> None:
+    """Refuse what `quantize` cannot do, with a ValueError."""
+    if how not in QUANTIZATIONS:
+        raise ValueError(f"quantization is {how!r}; choose one of {', '.join(QUANTIZATIONS)}.")
+    if num_levels < 4 or num_levels % 2:
+        raise ValueError(f"num_levels is {num_levels}; wanted an even number of at least 4.")
 
 
 def clipped_runs(audio: Tensor) -> int:

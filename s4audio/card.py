@@ -11,6 +11,8 @@ ABOUT = {  # class -> what the hub sorts it under, and what it is
     ),
     "S4DAutoencoder": ("audio-to-audio", "A small autoencoder of raw audio, made of S4D layers"),
     "S4Model": ("image-classification", "A classifier of sequences, made of state-space layers"),
+    "SaShiMi": ("text-to-audio", "An autoregressive model of raw audio, made of state-space layers"),
+    "WaveNet": ("audio-to-audio", "An autoregressive model of raw audio, made of convolutions, that tells likelihoods"),
 }
 READ = {"train_files", "train_seconds", "valid_files", "valid_seconds", "normalize"}  # of recordings
 TEXT = """---
@@ -69,6 +71,9 @@ def card(config: dict[str, Any]) -> str:
     commands = ["s4audio info FOLDER"]
     if audio:
         name, what = f"{name}, {arguments['sample_rate']} Hz", f"{what}, at {arguments['sample_rate']} Hz"
+    if config["class"] == "SaShiMi":
+        commands.append("s4audio generate FOLDER --from noise")
+    elif audio and config["class"] != "WaveNet":  # which makes none
         commands.append("s4audio generate FOLDER --from RECORDING.wav --variation 0.1")
     if config["class"] == "CausalAutoencoder" and not arguments["bidirectional"]:
         what = f"{what}; what it learned in parallel it runs as a stream, block by block"

@@ -26,15 +26,21 @@ from s4audio.models import (
     PatchS4Model,
     S4DAutoencoder,
     S4Model,
+    SaShiMi,
     StreamState,
+    WaveNet,
     advance_stream,
     begin_stream,
 )
 
 MODELS: dict[str, type[nn.Module]] = {
-    model.__name__: model for model in (CausalAutoencoder, ConvVAE, PatchS4Model, S4DAutoencoder, S4Model)
+    model.__name__: model for model in (CausalAutoencoder, ConvVAE, PatchS4Model, S4DAutoencoder, S4Model, SaShiMi, WaveNet)
 }
-DEPTHS = ("num_blocks", "num_layers")  # arguments that say how many layers there are, each with tensors of its own
+DEPTHS = (
+    "num_blocks",
+    "num_layers",
+    "num_stacks",
+)  # arguments that say how many layers there are, each with tensors of its own
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 STREAM = "s4audio stream 1"  # what a state file says that it holds
 TRAINING_DATA = ("train_files", "train_seconds", "sample_rate", "normalize", "clip_seconds", "steps")

@@ -16,7 +16,7 @@ SEES = {  # what each part may import of this package
     "audio": {"files"},
     "losses": {"audio"},
     "layers": {"ssm"},
-    "models": {"ssm", "layers", "losses"},
+    "models": {"audio", "ssm", "layers", "losses"},
     "metrics": {"audio", "losses", "__version__"},
     "data": {"files", "audio"},
     "report": {"files", "audio", "losses"},

@@ -14,13 +14,16 @@ import torch
 from s4audio import audio
 from s4audio.audio import (
     PCM_FORMATS,
+    QUANTIZATIONS,
     AudioError,
     band_limit,
     clipped_runs,
+    dequantize,
     find_audio,
     from_pcm,
     list_folder,
     normalize,
+    quantize,
     read_audio,
     read_blocks,
     resample,
@@ -331,3 +334,34 @@ def test_raw_samples_are_read_and_written_as_struct_packs_them():
     for sample_format in PCM_FORMATS:
         with pytest.raises(AudioError, match="not finite"):
             to_pcm(torch.tensor([[0.0, np.nan]]), sample_format)
+
+
+@pytest.mark.parametrize("num_levels", [4, 256])
+@pytest.mark.parametrize("how", QUANTIZATIONS)
+def test_every_level_comes_back_and_every_sample_goes_to_the_nearest(how, num_levels):
+    codes = torch.arange(num_levels)
+    levels = dequantize(codes, num_levels, how)
+    assert torch.equal(quantize(levels, num_levels, how), codes)
+    assert levels[0] == -1 and levels[num_levels // 2] == 0 and (levels.diff() > 0).all()
+    wave = torch.rand(1000) * 2 - 1
+    if how == "mu_law":  # nearest on the scale of G.711, written out again
+        mu = num_levels - 1
+        wave_scale, levels_scale = (v.sign() * (1 + mu * v.abs()).log() / np.log(1 + mu) for v in (wave, levels))
+    else:
+        wave_scale, levels_scale = wave, levels
+    nearest = (wave_scale[:, None] - levels_scale).abs().argmin(-1)
+    assert torch.equal(quantize(wave, num_levels, how), nearest)
+
+
+def test_eight_linear_bits_are_those_of_pcm():
+    pcm = torch.arange(-128, 128)
+    assert torch.equal(quantize(pcm / 128, 256, "linear"), pcm + 128)
+    assert quantize(torch.tensor([1.0, 7.0, -7.0]), 256, "linear").tolist() == [255, 255, 0]
+
+
+def test_a_quantization_that_does_not_exist_is_refused():
+    for function, value in ((quantize, torch.zeros(3)), (dequantize, torch.zeros(3, dtype=torch.long))):
+        with pytest.raises(ValueError, match="quantization is 'a_law'; choose one of linear, mu_law"):
+            function(value, 256, "a_law")
+        with pytest.raises(ValueError, match="num_levels is 255; wanted an even number of at least 4"):
+            function(value, 255)

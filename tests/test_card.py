@@ -69,6 +69,14 @@ def test_every_model_has_a_card_and_only_what_streams_is_streamed(tmp_path):
     assert "s4audio stream" not in (tmp_path / "both ways" / "README.md").read_text()
 
 
+def test_a_model_that_reconstructs_nothing_is_asked_for_no_variation():
+    cards = {
+        name: card({"class": name, "arguments": {"sample_rate": 8000}, "training": {}}) for name in ("SaShiMi", "WaveNet")
+    }
+    assert "s4audio generate FOLDER --from noise" in cards["SaShiMi"] and "--variation" not in cards["SaShiMi"]
+    assert "s4audio generate" not in cards["WaveNet"]
+
+
 @pytest.mark.parametrize("training", [{}, {"steps": 3}, {"train_files": 3, "steps": 1}, {"train_images": 5, "steps": 1}])
 def test_what_is_not_recorded_is_said_to_be(training):
     text = card({"class": "S4Model", "arguments": {"d_input": 3}, "training": training})

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from s4audio import CausalAutoencoder, ConvVAE, S4DAutoencoder, S4Model, checkpoint
+from s4audio import CausalAutoencoder, ConvVAE, S4DAutoencoder, S4Model, SaShiMi, checkpoint
 from s4audio.checkpoint import CheckpointError, fingerprint, load, load_embedding, read_config, save
-from s4audio.models import PatchS4Model
+from s4audio.models import PatchS4Model, WaveNet
 
 MODELS = {
     "CausalAutoencoder": lambda: CausalAutoencoder(8000, strides=(2,), widths=(4, 4), d_state=4),
@@ -19,6 +19,8 @@ MODELS = {
     "PatchS4Model": lambda: PatchS4Model(3, 10, d_model=4, num_layers=1, patch=4, d_state=4),
     "S4DAutoencoder": lambda: S4DAutoencoder(3000, final_gelu=False),
     "S4Model": lambda: S4Model(3, 10, d_model=4, num_layers=1, layer="S4", d_state=4),
+    "SaShiMi": lambda: SaShiMi(8000, d_model=4, num_blocks=(1, 1), pools=(2,), d_state=4, num_levels=16),
+    "WaveNet": lambda: WaveNet(8000, d_model=4, d_skip=4, num_stacks=1, num_layers=2, num_levels=16),
 }
 
 

@@ -11,9 +11,10 @@ import soundfile
 import torch
 from PIL import Image
 
-from s4audio import CausalAutoencoder, load, save
-from s4audio.audio import read_audio
+from s4audio import CausalAutoencoder, SaShiMi, load, save
+from s4audio.audio import quantize, read_audio
 from s4audio.metrics.signal import si_sdr
+from s4audio.models import WaveNet
 
 ROOT = Path(__file__).parents[1]
 
@@ -215,3 +216,42 @@ def test_classifiers_are_scored_checked_and_drawn(tmp_path):
     command = [sys.executable, "evaluation/scifar_check.py", str(next(out.glob("*/best"))), str(tmp_path / "nowhere")]
     refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 2 and "does not exist; give --root FOLDER" in refused.stderr
+
+
+def test_likelihoods_are_bits_per_sample_beside_order_0(tmp_path):
+    for split, seeds in (("train", (0, 1)), ("test", (2, 3, 4))):
+        (tmp_path / split).mkdir()
+        for seed in seeds:
+            noise = np.random.default_rng(seed).normal(size=1000 + 100 * seed)
+            soundfile.write(tmp_path / split / f"{seed}.wav", 0.1 * noise, 8000)
+    torch.manual_seed(0)
+    small = SaShiMi(8000, d_model=4, num_blocks=1, pools=(2,), d_state=4, num_levels=16, chunk_samples=500)
+    save(small, tmp_path / "sashimi")
+    save(WaveNet(8000, d_model=4, d_skip=4, num_stacks=1, num_layers=2, num_levels=16), tmp_path / "wavenet")
+    arguments = ["--train", str(tmp_path / "train"), "--test", str(tmp_path / "test")]
+    models = ["--model", f"ours={tmp_path / 'sashimi'}", "--model", f"theirs={tmp_path / 'wavenet'}"]
+    told = run("likelihood.py", *arguments, *models, "--json", str(tmp_path / "bits.json"))
+    result = json.loads((tmp_path / "bits.json").read_text())
+    audio = {split: [read_audio(file)[0] for file in sorted((tmp_path / split).iterdir())] for split in ("train", "test")}
+    codes = {split: torch.cat([quantize(clip, 16)[0] for clip in clips]) for split, clips in audio.items()}
+    share = (codes["train"].bincount(minlength=16) + 1).double() / (len(codes["train"]) + 16)
+    by_name = {row["model"]: row for row in result["rows"]}
+    assert result["files"] == 3 and result["samples"] == len(codes["test"]) == 3900
+    assert by_name["order 0"]["bits_per_sample"] == pytest.approx(-share[codes["test"]].log2().mean().item())
+    for name, folder in (("ours", "sashimi"), ("theirs", "wavenet")):
+        with torch.no_grad():
+            p = [load(tmp_path / folder)(clip.unsqueeze(0)).softmax(1) for clip in audio["test"]]
+        of_codes = [v.gather(1, quantize(clip, 16).unsqueeze(1)) for v, clip in zip(p, audio["test"], strict=True)]
+        wanted = -torch.cat(of_codes, dim=-1).log2().mean().item()
+        assert by_name[name]["bits_per_sample"] == pytest.approx(wanted, rel=1e-4)
+        assert f"{name}: {wanted:.3f} bits per sample" in told
+    save(SaShiMi(8000, d_model=4, num_blocks=1, pools=(2,), d_state=4, num_levels=32, chunk_samples=500), tmp_path / "other")
+    command = [sys.executable, "evaluation/likelihood.py", *arguments, *models, "--model", f"other={tmp_path / 'other'}"]
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 1 and "other has num_levels 32, and the first model 16" in refused.stderr
+
+
+def test_the_speed_of_generation_is_measured(tmp_path):
+    told = run("bench/generate_speed.py", "--batch", "2", "--samples", "40", "--repeats", "1", "--json", str(tmp_path / "f"))
+    (row,) = json.loads((tmp_path / "f").read_text())["rows"]
+    assert row["samples_a_second"] == pytest.approx(2 * 1e3 / row["ms_a_step"]) and "batch 2" in told

@@ -23,6 +23,7 @@ from s4audio.layers import (
     Chain,
     FeedForward,
     GatedBlock,
+    Pooled,
     PostNormBlock,
     Residual,
     S4Block,
@@ -64,6 +65,7 @@ CAUSAL: dict[str, Callable[[], nn.Module]] = LAYERS | {
     "Chain": lambda: Chain(
         CausalConv1d(CHANNELS, 4, 4, 2), Residual(S4D(4, 8), nn.GELU()), CausalConvTranspose1d(4, 2, 4, 2)
     ),
+    "Pooled": lambda: Pooled(CHANNELS, 5, 3, GatedBlock(S4D(5, 8)), Pooled(5, 4, 2, S4D(4, 4)), FeedForward(5)),
     "S4Model's trunk": lambda: S4Model(CHANNELS, 10, d_model=4, num_layers=2, d_state=8, layer="S4").trunk,
     "CausalAutoencoder": autoencoder,
 }

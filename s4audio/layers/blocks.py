@@ -5,12 +5,14 @@ on every sample alone (POINTWISE). Everything is (batch, channels, length).
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
+from s4audio.layers.conv import CausalConv1d, CausalConvTranspose1d, ConvState
 from s4audio.layers.s4 import S4D
 from s4audio.ssm import ops
 
@@ -177,6 +179,57 @@ class GatedBlock(Residual):
             return super().forward(u)
         norm, ssm, _, linear, _ = self.inner
         return _fused_gated(ssm(norm(u)), u, linear, 0.0, None)
+
+
+class PooledState(NamedTuple):
+    """What `Pooled` remembers between blocks."""
+
+    down: ConvState  # samples of an incomplete frame
+    inner: tuple
+    ready: Tensor  # (B, d_model, samples) that come out with the samples to come, at most a frame of them
+
+
+class Pooled(nn.Module):
+    """u plus what inner modules make of it at 1/factor of its rate, one frame late, so that no sample hears the future.
+
+    A convolution makes a frame of every `factor` samples, and a transposed one, a frame later, samples again: sample t hears
+    the frames that end before its own begins, by way of the inner modules, and itself.
+
+    Args:
+        d_model: channels outside.
+        d_inner: channels inside.
+        factor: samples in a frame.
+        inner: modules of d_inner channels that stream.
+
+    Source: Goel et al. 2022, "It's raw! Audio generation with state-space models".
+    """
+
+    def __init__(self, d_model: int, d_inner: int, factor: int, *inner: nn.Module) -> None:
+        super().__init__()
+        self.down = CausalConv1d(d_model, d_inner, factor, factor)
+        self.inner = Chain(*inner)
+        self.up = CausalConvTranspose1d(d_inner, d_model, factor, factor)
+        self.factor = factor
+
+    def forward(self, u: Tensor) -> Tensor:
+        """(B, d_model, L) -> (B, d_model, L)"""
+        y = self.up(self.inner(self.down(u)))
+        return u + F.pad(y, (self.factor, 0))[..., : u.shape[-1]]
+
+    def initial_state(self, batch_size: int) -> PooledState:
+        """The state before the first sample; no frame is complete that the first ones could hear."""
+        ready = self.down.conv.weight.new_zeros(batch_size, self.down.conv.in_channels, self.factor)
+        return PooledState(self.down.initial_state(batch_size), self.inner.initial_state(batch_size), ready)
+
+    def stream(self, u: Tensor, state: PooledState) -> tuple[Tensor, PooledState]:
+        """A block of any length; none of it waits for a frame to be complete."""
+        frames, down = self.down.stream(u, state.down)
+        inner, ready = state.inner, state.ready
+        if frames.shape[-1]:
+            y, inner = self.inner.stream(frames, inner)
+            ready = torch.cat([ready, self.up(y)], dim=-1)
+        length = u.shape[-1]
+        return u + ready[..., :length], PooledState(down, inner, ready[..., length:].clone())
 
 
 def _fused_gated(y: Tensor, u: Tensor, linear: Any, dropout: float, norm: Any) -> Tensor:

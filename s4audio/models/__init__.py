@@ -11,16 +11,22 @@ from s4audio.models.autoencoder import (
     stream_latency,
 )
 from s4audio.models.classifier import Classifier, PatchS4Model, S4Model
+from s4audio.models.sashimi import Generated, SaShiMi, SaShiMiState
 from s4audio.models.vae import ConvVAE
+from s4audio.models.wavenet import WaveNet
 
 __all__ = [
     "CausalAutoencoder",
     "Classifier",
     "ConvVAE",
+    "Generated",
     "PatchS4Model",
     "S4DAutoencoder",
     "S4Model",
+    "SaShiMi",
+    "SaShiMiState",
     "StreamState",
+    "WaveNet",
     "advance_stream",
     "begin_stream",
     "finish_stream",

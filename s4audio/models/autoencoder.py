@@ -9,7 +9,7 @@ Both are (batch, channels, samples) in and out, for every length, with `encode` 
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -23,8 +23,8 @@ from s4audio.losses import LOSSES
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
-def noise(shape: Sequence[int], generator: Generators) -> Tensor:
-    """Standard normal numbers of a shape whose first entry is the batch, on the CPU.
+def noise(shape: Sequence[int], generator: Generators, draw: Callable[..., Tensor] = torch.randn) -> Tensor:
+    """Standard normal numbers, or those that `draw` draws, of a shape whose first entry is the batch, on the CPU.
 
     With one generator per clip, the noise of a clip depends on its own generator alone, not on its place in a batch.
 
@@ -36,8 +36,8 @@ def noise(shape: Sequence[int], generator: Generators) -> Tensor:
             raise ValueError(
                 f"there are {len(generator)} generators for a batch of {shape[0]}; wanted one, or one per clip."
             )
-        return torch.stack([torch.randn(tuple(shape[1:]), generator=one) for one in generator])
-    return torch.randn(tuple(shape), generator=generator)
+        return torch.stack([draw(tuple(shape[1:]), generator=one) for one in generator])
+    return draw(tuple(shape), generator=generator)
 
 
 class WaveformAutoencoder(nn.Module, ABC):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from s4audio.layers import S4D, ChannelNorm, FeedForward, GatedBlock, PostNormBlock, S4Block
+from s4audio.layers import S4D, ChannelNorm, FeedForward, GatedBlock, Pooled, PostNormBlock, S4Block
 from s4audio.ssm import backend
 from tests.ssm.systems import error
 
@@ -159,3 +159,19 @@ def test_s4_block_follows_the_order_of_the_reference_systems():
     assert kinds == ["ChannelNorm", "S4D", "GELU", "Dropout", "Conv1d", "ChannelNorm"]  # system 5
     kinds = [type(module).__name__ for module in S4Block(S4D(4, 4), mix=False).inner]
     assert kinds == ["ChannelNorm", "S4D", "GELU"]  # system 1
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 11])
+def test_a_pool_adds_what_was_made_of_the_frame_before(length):
+    """Frame by frame, with the two Linears that the convolutions are."""
+    pooled = Pooled(2, 5, 3, nn.GELU()).double()
+    u = torch.randn(1, 2, length, dtype=torch.float64)
+    wanted = u.clone()
+    for t in range(3, length):
+        start, place = 3 * (t // 3 - 1), t % 3
+        frame = u[0, :, start : start + 3]  # (2, 3)
+        inner = torch.einsum("oik,ik->o", pooled.down.conv.weight, frame) + pooled.down.conv.bias
+        wanted[0, :, t] += (
+            torch.einsum("io,i->o", pooled.up.conv.weight[:, :, place], nn.GELU()(inner)) + pooled.up.conv.bias
+        )
+    torch.testing.assert_close(pooled(u), wanted)

@@ -61,6 +61,18 @@ for channels in (3, 128, 512):
             fused.gated(v, bias, fused.gelu(u, drop), drop, *norm, 1e-5).sum().backward()
         fused.channel_norm(u, weight, shift, 1e-5).sum().backward()
 """
+STEPS = """
+from s4audio.ssm import ops
+from s4audio.layers import triton_step
+from s4audio.models import SaShiMi
+ops.fuses = lambda u: True
+from s4audio.models.stepping import Stepper
+for arguments in ({}, {"d_model": 6, "pools": (3,), "num_blocks": 1, "d_state": 6, "num_levels": 20, "chunk_samples": 300}):
+    model = SaShiMi(8000, **arguments)
+    with torch.inference_mode():
+        stepper = Stepper(model, model.initial_state(2), 0, 0.9, 1.0)
+        stepper._run(torch.zeros(16, 2))
+"""
 SHAPES = [(2, 200, 64), (1, 1, 64), (40, 130, 2)]  # batch, length, d_state: segments of one chunk, a rest, one sample, tiles
 WALK = {"_sums", "_starts", "_forward", "_backward", "_totals"}
 OPERATORS = {"_operators", "_operators_backward", "_discretize", "_discretize_gradient"}
@@ -89,3 +101,7 @@ def test_kernels_compile_for_an_h100(kind, init, dtype):
 
 def test_ends_of_blocks_compile_for_an_h100():
     assert compiled(BLOCK_ENDS) == {"_norm", "_norm_gradient", "_gelu", "_gelu_gradient", "_gated", "_gated_gradient"}
+
+
+def test_steps_of_generation_compile_for_an_h100():
+    assert compiled(STEPS) == {"_discretize", "_pairs", "_draw"}
