@@ -1,6 +1,15 @@
 """Layers from state spaces and causal convolutions; all of them forward, and stream if they are causal."""
 
-from s4audio.layers.blocks import Chain, ChannelNorm, FeedForward, GatedBlock, PostNormBlock, Residual, S4Block
+from s4audio.layers.blocks import (
+    Chain,
+    ChannelNorm,
+    FeedForward,
+    GatedBlock,
+    ModulatedBlock,
+    PostNormBlock,
+    Residual,
+    S4Block,
+)
 from s4audio.layers.conv import CausalConv1d, CausalConvTranspose1d, ConvState
 from s4audio.layers.s4 import S4, S4D, S4State
 
@@ -14,6 +23,7 @@ __all__ = [
     "ConvState",
     "FeedForward",
     "GatedBlock",
+    "ModulatedBlock",
     "PostNormBlock",
     "Residual",
     "S4Block",
