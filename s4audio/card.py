@@ -5,6 +5,7 @@ from typing import Any
 ABOUT = {  # class -> what the hub sorts it under, and what it is
     "CausalAutoencoder": ("audio-to-audio", "A causal autoencoder of raw audio, made of S4D layers"),
     "ConvVAE": ("audio-to-audio", "A convolutional variational autoencoder of raw audio"),
+    "Flow": ("text-to-audio", "A generator of raw audio by flow matching, made of S4D layers"),
     "PatchS4Model": (
         "image-classification",
         "A classifier of images, which reads patches one after the other with S4D layers",
@@ -69,6 +70,8 @@ def card(config: dict[str, Any]) -> str:
     commands = ["s4audio info FOLDER"]
     if audio:
         name, what = f"{name}, {arguments['sample_rate']} Hz", f"{what}, at {arguments['sample_rate']} Hz"
+        if config["class"] == "Flow":
+            commands.append("s4audio generate FOLDER --from noise")
         commands.append("s4audio generate FOLDER --from RECORDING.wav --variation 0.1")
     if config["class"] == "CausalAutoencoder" and not arguments["bidirectional"]:
         what = f"{what}; what it learned in parallel it runs as a stream, block by block"

@@ -4,6 +4,7 @@ from s4audio.models.autoencoder import (
     CausalAutoencoder,
     S4DAutoencoder,
     StreamState,
+    WaveformAutoencoder,
     advance_stream,
     begin_stream,
     finish_stream,
@@ -11,19 +12,25 @@ from s4audio.models.autoencoder import (
     stream_latency,
 )
 from s4audio.models.classifier import Classifier, PatchS4Model, S4Model
+from s4audio.models.flow import Flow
+from s4audio.models.samplers import euler, heun
 from s4audio.models.vae import ConvVAE
 
 __all__ = [
     "CausalAutoencoder",
     "Classifier",
     "ConvVAE",
+    "Flow",
     "PatchS4Model",
     "S4DAutoencoder",
     "S4Model",
     "StreamState",
+    "WaveformAutoencoder",
     "advance_stream",
     "begin_stream",
+    "euler",
     "finish_stream",
+    "heun",
     "stream_blocks",
     "stream_latency",
 ]
