@@ -301,7 +301,8 @@ def _recipe_cli(arguments: list[str]) -> Any:
             data, model, kind = self.datamodule, self.model.model, _kind(self.model)
             kind.check(model, data)
             if self.config["from_model"] and not holds_a_checkpoint(out):
-                checkpoint.load_weights(model, self.config["from_model"])
+                for each in {model, self.model.scored_model}:  # the average of the weights begins there too
+                    checkpoint.load_weights(each, self.config["from_model"])
             data.setup()
             kind.prepare(model, data)
             progress = Progress(lambda batch: kind.size(batch, data) * self.trainer.world_size, kind.UNIT)
