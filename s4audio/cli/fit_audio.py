@@ -22,7 +22,11 @@ LISTEN = (
     "First a recording that the model was not trained on (its first ten seconds), then what it makes of it. Listen for the "
     "attack of the notes, the brightness, and a haze or hiss that was not there."
 )
-CLIP_SECONDS = 10.0
+VARIED = (
+    "First a recording that the model was not trained on (its first ten seconds), then what it makes of it half way from "
+    "noise: another sound of the same kind."
+)
+VARIATION, CLIP_SECONDS = 0.5, 10.0
 
 
 def check(model: Any, data: Any) -> None:
@@ -42,12 +46,26 @@ def check(model: Any, data: Any) -> None:
     if model.channels != 1:
         raise ValueError(f"the model has {model.channels} channels and the clips of {type(data).__name__} have 1 (mono).")
 
+    labelled, classes = getattr(data, "labels", None), getattr(model, "classes", ())
+    if labelled and not hasattr(model, "classes"):
+        raise ValueError(f"data.init_args.labels is {labelled}, and {type(model).__name__} takes no labels; make it null.")
+    if classes and not labelled:
+        raise ValueError(f"the model has the classes {', '.join(classes)} and the data no labels; set labels: folder.")
     if isinstance(data, AudioFolder):
         data.progress = decoding
 
 
 def prepare(model: Any, data: AudioFolder | AudioShards) -> None:
-    """Nothing."""
+    """Looks whether labels mean the same to the model and to the data.
+
+    Raises:
+        ValueError: they have other classes.
+    """
+    if getattr(data, "labels", None) and list(model.classes) != data.classes:  # type: ignore[union-attr]
+        raise ValueError(
+            f"the recordings are of the classes {', '.join(data.classes)}, "  # type: ignore[union-attr]
+            f"and the model's (classes) are {', '.join(model.classes)}; make them the same, in this order."
+        )
 
 
 def decoding(files: Iterable[Any], total: int) -> Iterator[Any]:
@@ -56,8 +74,9 @@ def decoding(files: Iterable[Any], total: int) -> Iterator[Any]:
     yield from track(files, "decoding into the cache", total, console=console, disable=not (total and console.is_terminal))
 
 
-def size(batch: Tensor, data: AudioFolder | AudioShards) -> float:
+def size(batch: Tensor | Sequence[Tensor], data: AudioFolder | AudioShards) -> float:
     """Seconds of audio."""
+    batch = batch if isinstance(batch, Tensor) else batch[0]
     return batch.shape[0] * batch.shape[-1] / data.sample_rate
 
 
@@ -108,19 +127,24 @@ def _sections(out: Path, held_out: dict[str, Tensor], scores: Sequence[Section])
     """
     model: Any = checkpoint.load(out / "best")
     training, rate = checkpoint.read_config(out / "best")["training"], model.sample_rate
-    clips = []
-    for path, audio in list(held_out.items())[:2]:
-        audio, name = audio[..., : round(CLIP_SECONDS * rate)], Path(path).name
-        clips += [Clip(name, audio, rate), Clip(f"{name} through the model", model(audio.unsqueeze(0))[0], rate)]
-    generator = torch.Generator().manual_seed(0)
-    sample = model.sample(1, round(CLIP_SECONDS / 2 * rate), generator=generator)[0]
+    heard = {Path(path).name: audio[..., : round(CLIP_SECONDS * rate)] for path, audio in list(held_out.items())[:2]}
+    clips, text, ending = [], LISTEN, "through the model"
+    if not hasattr(model, "encode"):
+        text, ending = VARIED, f"with variation {VARIATION}"
+    for name, audio in heard.items() if hasattr(model, "vary") else ():
+        strength = 0.0 if hasattr(model, "encode") else VARIATION
+        made = model.vary(audio.unsqueeze(0), strength, torch.Generator().manual_seed(0))[0]
+        clips += [Clip(name, audio, rate), Clip(f"{name} {ending}", made, rate)]
+    seconds = CLIP_SECONDS / 2 if not getattr(model, "classes", ()) else training.get("clip_seconds") or CLIP_SECONDS / 2
+    sample = model.sample(1, round(seconds * rate), generator=torch.Generator().manual_seed(0))[0]
+    what, name = "What it makes of noise alone, by no recording.", "from noise"
+    if hasattr(model, "encode"):
+        what = "A latent of noise alone, decoded: a model that learned sound frame by frame gives texture."
+        name = "a random latent"
     facts = [("", ""), *describe(model), *describe_training(training)]
     return [
-        Section("Listen", [LISTEN], clips=clips),
-        Section(
-            "From noise", ["A latent of noise alone, decoded: a model that learned sound frame by frame gives texture."],
-            clips=[Clip("a random latent", sample, rate)],
-        ),
+        *([Section("Listen", [text], clips=clips)] if clips else []),
+        Section("From noise", [what], clips=[Clip(name, sample, rate)]),
         *scores,
         Section("The model", table=facts),
         training_section(out),

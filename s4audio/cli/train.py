@@ -19,7 +19,7 @@ from torch import Tensor
 from s4audio import checkpoint
 from s4audio.audio import write_audio
 from s4audio.cli import fit_audio
-from s4audio.cli.arguments import Parser, load_autoencoder
+from s4audio.cli.arguments import Parser, load_generator
 from s4audio.cli.check import report_folder
 from s4audio.cli.evaluate import evaluate, paired_table, score_table, verdict
 from s4audio.cli.fit import CHECK, holds_a_checkpoint, read_recipe, recipe_file, refuse_foreign, train_run
@@ -105,7 +105,7 @@ def _of_a_new_run(out: Path, args: argparse.Namespace) -> list[str]:
     if args.steps:
         options += _length(args.steps, _batches(contents))
     if args.from_model:
-        given = load_autoencoder(args.from_model)  # refuses a wrong one now, before the recordings are read
+        given = load_generator(args.from_model)  # refuses a wrong one now, before the recordings are read
         if type(given).__name__ != trains:
             raise ValueError(
                 f"{args.from_model} is a {type(given).__name__} and the recipe {file.stem} trains a {trains}; choose a "
