@@ -14,7 +14,6 @@ from s4audio.checkpoint import CheckpointError, fingerprint, load, load_embeddin
 from s4audio.models import PatchS4Model
 
 
-
 def autoencoder() -> CausalAutoencoder:
     return CausalAutoencoder(8000, strides=(2,), widths=(4, 4), d_state=4)
 
@@ -94,7 +93,7 @@ def test_a_name_that_is_no_folder_is_a_pretrained_model(tmp_path, monkeypatch):
     save(S4DAutoencoder(4000), "small-3k")  # a folder of this name goes first
     assert load("small-3k").sample_rate == 4000
     for name in ("other-3k", "../shipped/small-3k/..", ""):
-        with pytest.raises(CheckpointError, match="is not a model: it has no config.json"):
+        with pytest.raises(CheckpointError, match=r"is not a model: it has no config.json"):
             load(name)
 
 

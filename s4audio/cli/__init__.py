@@ -34,7 +34,8 @@ HELP = """s4audio trains models of raw audio on a folder of recordings, and make
   s4audio info MODEL                          what a model is, how it was trained, and what it remembers for how long
   s4audio doctor                              check this installation, and say what is missing
 
-A MODEL is a folder that training wrote, such as runs/NAME/best, or a name that `s4audio models` lists. `s4audio VERB --help` tells more about each.
+A MODEL is a folder that training wrote, such as runs/NAME/best, or a name that `s4audio models` lists. `s4audio VERB
+--help` tells more about each.
 
 First steps: `s4audio demo`; then, with recordings of your own,
   s4audio check FOLDER

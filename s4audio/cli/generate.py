@@ -102,7 +102,8 @@ def _asked_for(args: argparse.Namespace) -> tuple[str, Any]:
         raise ValueError("--interpolate names its two recordings itself; leave --from out.")
     if not args.interpolate and not args.source:
         raise ValueError("--from is missing: noise, a recording, or a folder of them.")
-    if args.seconds is not None and args.source != "noise" or args.num is not None and args.source not in ("noise", None):
+    a_recording = args.source not in ("noise", None)
+    if (args.num is not None and a_recording) or (args.seconds is not None and args.source != "noise"):
         raise ValueError("--num and --seconds are for --from noise; a recording gives one clip, as long as it is.")
     num, seconds = NUM_CLIPS if args.num is None else args.num, SECONDS if args.seconds is None else args.seconds
     if num < 1 or args.batch_size < 1 or args.seed < 0 or not 0 < seconds <= 3600:
@@ -240,9 +241,7 @@ def _in_samples(method: str, what: Any, audio: Tensor, rate: int, file: Path) ->
     return start, stop
 
 
-def _between(
-    model: Any, options: dict[str, Any], args: argparse.Namespace, files: list[Path], how: str, out: Path
-) -> float:
+def _between(model: Any, options: dict[str, Any], args: argparse.Namespace, files: list[Path], how: str, out: Path) -> float:
     """Writes clips on the way from one recording to another; the longer one is cut."""
     if len(files) != 2:
         raise ValueError(f"--interpolate takes two recordings, and {' and '.join(args.interpolate)} are {len(files)}.")

@@ -80,15 +80,13 @@ def describe(model: nn.Module) -> list[tuple[str, str]]:
         if getattr(m, "classes", ()):
             lines.append(("classes", ", ".join(m.classes)))
         if hasattr(m, "encode"):
-            numbers = m.latent_channels * m.sample_rate / m.hop_length
-            lines.append((
-                "latent", f"{m.latent_channels} numbers, {m.sample_rate / m.hop_length:,.4g} times a second: {numbers:,.0f} "
-                f"a second in place of {m.channels * m.sample_rate:,} samples"
-            ))
-            lines.append((
-                "streams", f"yes, a sample waits for {1000 * (m.hop_length - 1) / m.sample_rate:.3g} ms at most"
-                if hasattr(model, "stream") else "no, it hears the future"
-            ))  # fmt: skip
+            frames = m.sample_rate / m.hop_length  # a second
+            lines += [
+                ("latent", f"{m.latent_channels} numbers, {frames:,.4g} times a second: {m.latent_channels * frames:,.0f} "
+                    f"a second in place of {m.channels * m.sample_rate:,} samples"),
+                ("streams", f"yes, a sample waits for {1000 * (m.hop_length - 1) / m.sample_rate:.3g} ms at most"
+                    if hasattr(model, "stream") else "no, it hears the future"),
+            ]  # fmt: skip
     return lines
 
 

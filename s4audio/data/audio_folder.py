@@ -137,8 +137,8 @@ class AudioFolder(lightning.LightningDataModule):
 
     def _loader(self, clips: Any, sampler: Sampler[int] | None = None) -> DataLoader:
         return DataLoader(
-            clips, self.batch_size, sampler=sampler, collate_fn=pad_pairs if self.labels else pad_batch, num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0, pin_memory=torch.cuda.is_available(),
+            clips, self.batch_size, sampler=sampler, collate_fn=pad_pairs if self.labels else pad_batch,
+            num_workers=self.num_workers, persistent_workers=self.num_workers > 0, pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
 
     def _label(self) -> None:

@@ -46,6 +46,7 @@ class WaveformAutoencoder(nn.Module, ABC):
     sample_rate: int
     channels: int
     hop_length: int
+    latent_channels: int
     losses: Sequence[str]
 
     @abstractmethod

@@ -25,7 +25,8 @@ from s4audio.models.autoencoder import (
 from s4audio.models.samplers import Solver, Velocity, flow_times, heun
 
 NUM_STEPS, GUIDANCE = 8, 2.0  # of sampling, unless told otherwise
-FADE_SECONDS = 0.02  # outside of a span that an autoencoder's decoder fills: as given, to as decoded
+PASSES = (0.0, 0.5, 0.7)  # times from which a span is made, and made again; the last time the rest may move with it
+FADE_SECONDS = 0.02  # on either side of the border of a span
 SMALLEST_DEVIATION = 1e-4  # of a channel of the data: what never changes is not blown up
 
 
@@ -82,14 +83,15 @@ class Flow(nn.Module):
         if len(set(classes)) < len(classes):
             raise ValueError(f"classes is {list(classes)}; wanted each name once.")
         _check_autoencoder(autoencoder, sample_rate, channels)
-        self.sample_rate, self.classes, self.label_dropout, self.channels = sample_rate, tuple(classes), label_dropout, channels
+        self.sample_rate, self.classes, self.channels = sample_rate, tuple(classes), channels
+        self.label_dropout = label_dropout
         self.strides, self.widths, self.d_state = tuple(strides), tuple(widths), d_state
         self.num_blocks = num_blocks if isinstance(num_blocks, int) else tuple(num_blocks)
         self.dt_min, self.dt_max = dt_min, dt_max
         self.autoencoder = None if autoencoder is None else autoencoder.requires_grad_(False)
         self.frame = 1 if autoencoder is None else autoencoder.hop_length  # samples of a point of the data
         self.hop_length = self.frame * math.prod(strides)  # and of the innermost stage
-        dims = channels if autoencoder is None else autoencoder.latent_channels
+        dims: int = channels if autoencoder is None else autoencoder.latent_channels
         d_embedding = self.d_embedding = 2 * max(widths)
 
         def stage(index: int) -> nn.ModuleList:
@@ -231,7 +233,8 @@ class Flow(nn.Module):
         """The clips with the samples from `start` to `stop` made anew, to fit what is around them.
 
         The rest is the given audio bit for bit; with an autoencoder but for 20 ms on either side, where it is faded to and
-        from what is decoded. What stood in the span has no say, except in the latents that an autoencoder makes of it.
+        from what is decoded. What stood in the span has no say. The span is made with the rest as it is, again from half
+        way, and a third time with the rest free to move, which takes the seams away; in what follows the rest is put back.
 
         Args:
             audio: (B, channels, T).
@@ -242,25 +245,29 @@ class Flow(nn.Module):
 
         Raises:
             ValueError: the span is empty or not inside of the clips, or as `sample`.
+
+        Source: Lugmayr et al. 2022, "RePaint: inpainting using denoising diffusion probabilistic models", for the rest as it
+        is known at each time and for going back; the last pass is ours.
         """
         length = audio.shape[-1]
         if not 0 <= start < stop <= length:
             raise ValueError(f"the span is {start} to {stop}; wanted one inside of the {length} samples of the clip.")
-        outside = torch.ones(length, device=audio.device)
-        outside[start:stop] = 0
+        places = torch.arange(length, device=audio.device)
+        outside = (places < start) | (places >= stop)
         data = self._normalized(self._data(audio * outside))
-        drawn = noise(data.shape, generator).to(data)
         places = torch.arange(data.shape[-1], device=data.device)
         free = (places >= start // self.frame) & (places < -(-stop // self.frame))
-        made, known = self._velocity(label, guidance), data - drawn  # whose velocity never changes
-
-        def velocity(x: Tensor, t: float) -> Tensor:
-            return torch.where(free, made(x, t), known)
-
-        result = self._audio(heun(velocity, drawn, flow_times(num_steps)), length)
-        if self.autoencoder is not None:
-            outside = _faded(length, start, stop, round(FADE_SECONDS * self.sample_rate), audio)
-        return torch.where(outside == 1, audio, torch.lerp(result, audio, outside))
+        made, x = self._velocity(label, guidance), data
+        for time in PASSES:
+            drawn = noise(data.shape, generator).to(data)
+            velocity = made if time == PASSES[-1] else _with_known(made, free, data - drawn)
+            times = flow_times(math.ceil(num_steps * (1 - time)), time)
+            x = heun(velocity, torch.lerp(drawn, torch.where(free, x, data), time), times)
+        fade = round(FADE_SECONDS * self.sample_rate)
+        if self.autoencoder is None:
+            return torch.where(outside, audio, _joined(audio, self._audio(x, length), start, stop, fade))
+        result, share = self._audio(torch.where(free, x, data), length), _share_given(length, start, stop, fade, audio)
+        return torch.where(share == 1, audio, torch.lerp(result, audio, share))
 
     def continue_(
         self,
@@ -381,11 +388,25 @@ def _through(blocks: Any, u: Tensor, embedding: Tensor) -> Tensor:
     return u
 
 
-def _faded(length: int, start: int, stop: int, fade: int, like: Tensor) -> Tensor:
-    """(length,) shares of the given audio: 0 in the span, rising to 1 over `fade` samples on either side."""
+def _with_known(velocity: Velocity, free: Tensor, known: Tensor) -> Velocity:
+    """The velocity where it is free, (L,) bools, and elsewhere a known one, which does not change on a straight line."""
+    return lambda x, t: torch.where(free, velocity(x, t), known)
+
+
+def _share_given(length: int, start: int, stop: int, fade: int, like: Tensor) -> Tensor:
+    """(length,) shares of the given audio: 0 in the span, rising to 1 over `fade` samples outside of it."""
     places = torch.arange(length, device=like.device)
-    away = torch.maximum(start - places, places - (stop - 1)).clamp(0, fade)  # 0 in the span
-    return (away / fade).to(like.dtype) if fade else (away > 0).to(like.dtype)
+    return (torch.maximum(start - places, places - (stop - 1)).clamp(0, fade) / max(1, fade)).to(like.dtype)
+
+
+def _joined(audio: Tensor, made: Tensor, start: int, stop: int, fade: int) -> Tensor:
+    """What was made, moved at both ends of the span to where the audio is, and less and less so over `fade` samples."""
+    places, moved = torch.arange(audio.shape[-1], device=audio.device), made
+    for border, distance in ((start - 1, places - start), (stop, stop - 1 - places)):
+        if 0 <= border < audio.shape[-1]:
+            share = (1 - distance / max(1, fade)).clamp(0, 1) * (distance >= 0)
+            moved = moved + (audio - made)[..., border : border + 1] * share.to(audio.dtype)
+    return moved
 
 
 def _slerp(a: Tensor, b: Tensor, share: float) -> Tensor:

@@ -44,7 +44,7 @@ class ClassificationTask(TrainingTask):
         super().__init__(
             model, lr, ssm_lr, weight_decay, betas, schedule, warmup_steps, decay_steps, cuda_graph, compile, ema_decay,
             on_nan,
-        )
+        )  # fmt: skip
         if not hasattr(model, "num_classes"):
             raise ValueError(
                 f"the model is a {type(model).__name__}, which is no classifier; choose S4Model or PatchS4Model."

@@ -42,7 +42,7 @@ class GenerativeTask(TrainingTask):
         super().__init__(
             model, lr, ssm_lr, weight_decay, betas, schedule, warmup_steps, decay_steps, cuda_graph, compile, ema_decay,
             on_nan,
-        )
+        )  # fmt: skip
         self.loss_weights, self.loss_warmup_steps = loss_weights or {}, loss_warmup_steps or {}
 
     def losses(self, *batch: Tensor) -> dict[str, Tensor]:

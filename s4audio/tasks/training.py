@@ -68,8 +68,8 @@ class TrainingTask(lightning.LightningModule):
     for each part, and what a model counts of its batches, it counts of the parts.
 
     Raises:
-        ValueError: ssm_lr is not in (0, 1e-3], ema_decay not in [0, 1), a schedule that does not exist or does not take these
-            steps, or on_nan.
+        ValueError: ssm_lr is not in (0, 1e-3], ema_decay not in [0, 1), a schedule that does not exist or does not take
+            these steps, or on_nan.
     """
 
     best_score = "valid/loss"  # which says what model is the best
