@@ -214,6 +214,8 @@ def _from_recordings(
             continue
         given = heard.unsqueeze(0).to(args.device)
         estimate = getattr(model, method)(given, *told, generator=generator, **options)[0].cpu()
+        if method == "continue_":
+            estimate = torch.cat([heard, estimate], dim=-1)
         audio, heard = (F.pad(v, (0, estimate.shape[-1] - v.shape[-1])) for v in (audio, heard))
         # Back at the level of the recording; what the model has left alone is the recording, bit for bit.
         estimate = torch.where(estimate == heard, audio, estimate * _gain(audio, heard))

@@ -26,7 +26,7 @@ from s4audio.models.samplers import Solver, Velocity, flow_times, heun
 
 NUM_STEPS, GUIDANCE = 8, 2.0  # of sampling, unless told otherwise
 PASSES = (0.0, 0.5, 0.7)  # times from which a span is made, and made again; the last time the rest may move with it
-FADE_SECONDS = 0.02  # on either side of the border of a span
+FADE_SECONDS = 0.02  # in a span, from its borders
 SMALLEST_DEVIATION = 1e-4  # of a channel of the data: what never changes is not blown up
 
 
@@ -232,9 +232,9 @@ class Flow(nn.Module):
     ) -> Tensor:
         """The clips with the samples from `start` to `stop` made anew, to fit what is around them.
 
-        The rest is the given audio bit for bit; with an autoencoder but for 20 ms on either side, where it is faded to and
-        from what is decoded. What stood in the span has no say. The span is made with the rest as it is, again from half
-        way, and a third time with the rest free to move, which takes the seams away; in what follows the rest is put back.
+        The rest is the given audio bit for bit, and what stood in the span has no say. The span is made with the rest as it
+        is, again from half way, and a third time with the rest free to move, which takes the seams away; then the rest is
+        put back, and over 20 ms from its borders the span is moved to where the audio is.
 
         Args:
             audio: (B, channels, T).
@@ -264,10 +264,7 @@ class Flow(nn.Module):
             times = flow_times(math.ceil(num_steps * (1 - time)), time)
             x = heun(velocity, torch.lerp(drawn, torch.where(free, x, data), time), times)
         fade = round(FADE_SECONDS * self.sample_rate)
-        if self.autoencoder is None:
-            return torch.where(outside, audio, _joined(audio, self._audio(x, length), start, stop, fade))
-        result, share = self._audio(torch.where(free, x, data), length), _share_given(length, start, stop, fade, audio)
-        return torch.where(share == 1, audio, torch.lerp(result, audio, share))
+        return torch.where(outside, audio, _joined(audio, self._audio(x, length), start, stop, fade))
 
     def continue_(
         self,
@@ -279,11 +276,12 @@ class Flow(nn.Module):
         num_steps: int = NUM_STEPS,
         guidance: float = GUIDANCE,
     ) -> Tensor:
-        """The clips (B, channels, T) and num_samples more, (B, channels, T + num_samples); as `inpaint`."""
+        """(B, channels, num_samples) that follow on (B, channels, T), as `inpaint` makes them."""
         length, longer = audio.shape[-1], F.pad(audio, (0, num_samples))
-        return self.inpaint(
+        made = self.inpaint(
             longer, length, length + num_samples, generator, label=label, num_steps=num_steps, guidance=guidance
         )
+        return made[..., length:]
 
     @torch.no_grad()
     def interpolate(
@@ -391,12 +389,6 @@ def _through(blocks: Any, u: Tensor, embedding: Tensor) -> Tensor:
 def _with_known(velocity: Velocity, free: Tensor, known: Tensor) -> Velocity:
     """The velocity where it is free, (L,) bools, and elsewhere a known one, which does not change on a straight line."""
     return lambda x, t: torch.where(free, velocity(x, t), known)
-
-
-def _share_given(length: int, start: int, stop: int, fade: int, like: Tensor) -> Tensor:
-    """(length,) shares of the given audio: 0 in the span, rising to 1 over `fade` samples outside of it."""
-    places = torch.arange(length, device=like.device)
-    return (torch.maximum(start - places, places - (stop - 1)).clamp(0, fade) / max(1, fade)).to(like.dtype)
 
 
 def _joined(audio: Tensor, made: Tensor, start: int, stop: int, fade: int) -> Tensor:

@@ -42,8 +42,8 @@ class ClassificationTask(TrainingTask):
         on_nan: str = "stop",
     ) -> None:
         super().__init__(
-            model, lr, ssm_lr, weight_decay, betas, schedule, warmup_steps, decay_steps, cuda_graph, compile, ema_decay,
-            on_nan,
+            model, lr, ssm_lr, weight_decay, betas, schedule, warmup_steps, decay_steps, cuda_graph, compile, on_nan,
+            ema_decay,
         )  # fmt: skip
         if not hasattr(model, "num_classes"):
             raise ValueError(

@@ -40,8 +40,8 @@ class GenerativeTask(TrainingTask):
         on_nan: str = "stop",
     ) -> None:
         super().__init__(
-            model, lr, ssm_lr, weight_decay, betas, schedule, warmup_steps, decay_steps, cuda_graph, compile, ema_decay,
-            on_nan,
+            model, lr, ssm_lr, weight_decay, betas, schedule, warmup_steps, decay_steps, cuda_graph, compile, on_nan,
+            ema_decay,
         )  # fmt: skip
         self.loss_weights, self.loss_warmup_steps = loss_weights or {}, loss_warmup_steps or {}
 

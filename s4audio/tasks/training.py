@@ -55,12 +55,12 @@ class TrainingTask(lightning.LightningModule):
         cuda_graph: on a GPU, capture the losses and their gradients once and replay them, where batches have one shape
             and gradients are neither accumulated nor scaled; else, and elsewhere, it changes nothing.
         compile: have torch.compile fuse the model's small operations; it takes a minute or so at the start.
-        ema_decay: score and save an exponential moving average of the weights, which keeps this share of itself at each
-            step; None does without.
         on_nan: what a loss or a gradient that is not finite does. `stop` ends the training; on a GPU one step later, since
             to look at once would be to wait. `skip` looks at once, and leaves the update out: weights, buffers, AdamW's
             moments and the average of the weights stay as they were; the step counts, and the schedule and the data move on.
             More than ten such steps in a row stop the training too.
+        ema_decay: score and save an exponential moving average of the weights, which keeps this share of itself at each
+            step; None does without.
 
     A batch for which a GPU has no memory is divided into halves, quarters and so on, from then on and without a CUDA graph:
     their gradients add up to that of the mean over the batch. That is the same step for losses that are means over the
@@ -87,8 +87,8 @@ class TrainingTask(lightning.LightningModule):
         decay_steps: int | None,
         cuda_graph: bool,
         compile: bool,
-        ema_decay: float | None,
         on_nan: str,
+        ema_decay: float | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= (ema_decay or 0.0) < 1:
