@@ -24,6 +24,7 @@ from s4audio.models.autoencoder import (
 )
 from s4audio.models.samplers import Solver, Velocity, flow_times, heun
 
+D_EMBEDDING = 128  # of the time and the label
 NUM_STEPS, GUIDANCE = 8, 2.0  # of sampling, unless told otherwise
 PASSES = (0.0, 0.5, 0.7)  # times from which a span is made, and made again; the last time the rest may move with it
 FADE_SECONDS = 0.02  # in a span, from its borders
@@ -92,14 +93,13 @@ class Flow(nn.Module):
         self.frame = 1 if autoencoder is None else autoencoder.hop_length  # samples of a point of the data
         self.hop_length = self.frame * math.prod(strides)  # and of the innermost stage
         dims: int = channels if autoencoder is None else autoencoder.latent_channels
-        d_embedding = self.d_embedding = 2 * max(widths)
 
         def stage(index: int) -> nn.ModuleList:
             layer = partial(S4D, widths[index], d_state, dt_min=dt_min, dt_max=dt_max, bidirectional=True)
-            return nn.ModuleList(ModulatedBlock(layer(), d_embedding) for _ in range(depths[index]))
+            return nn.ModuleList(ModulatedBlock(layer(), D_EMBEDDING) for _ in range(depths[index]))
 
-        self.embed_time = nn.Sequential(nn.Linear(d_embedding, d_embedding), nn.GELU(), nn.Linear(d_embedding, d_embedding))
-        self.embed_label = nn.Embedding(len(classes) + 1, d_embedding)  # the last is no label
+        self.embed_time = nn.Sequential(nn.Linear(D_EMBEDDING, D_EMBEDDING), nn.GELU(), nn.Linear(D_EMBEDDING, D_EMBEDDING))
+        self.embed_label = nn.Embedding(len(classes) + 1, D_EMBEDDING)  # the last is no label
         self.enter = nn.Conv1d(dims, widths[0], 7, padding=3)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         self.blocks_down, self.blocks_up = nn.ModuleList(), nn.ModuleList()
@@ -125,7 +125,7 @@ class Flow(nn.Module):
             raise ValueError("there are labels, but the model has no classes; name them when it is built.")
         if label is None:
             label = torch.full(time.shape, len(self.classes), device=time.device)
-        embedding = F.gelu(self.embed_time(_waves(time, self.d_embedding)) + self.embed_label(label))  # (B, E)
+        embedding = F.gelu(self.embed_time(_waves(time)) + self.embed_label(label))  # (B, E)
         length = x.shape[-1]
         u = self.enter(F.pad(x, (0, -length % math.prod(self.strides))))
         kept = []
@@ -169,7 +169,7 @@ class Flow(nn.Module):
         guidance: float = GUIDANCE,
         solver: Solver = heun,
     ) -> Tensor:
-        """(B, channels, num_samples) from noise.
+        """(B, channels, num_samples) from noise; a clip that would go beyond full scale is made quieter as a whole.
 
         Args:
             batch_size: B.
@@ -185,7 +185,8 @@ class Flow(nn.Module):
         """
         shape = (batch_size, len(self.data_mean), -(-num_samples // self.frame))
         x = noise(shape, generator).to(self.data_mean)
-        return self._audio(solver(self._velocity(label, guidance), x, flow_times(num_steps)), num_samples)
+        audio = self._audio(solver(self._velocity(label, guidance), x, flow_times(num_steps)), num_samples)
+        return audio / audio.abs().amax((1, 2), keepdim=True).clamp_min(1)
 
     @torch.no_grad()
     def vary(
@@ -373,9 +374,9 @@ def _check_autoencoder(autoencoder: Any, sample_rate: int, channels: int) -> Non
         )
 
 
-def _waves(time: Tensor, size: int) -> Tensor:
-    """(B,) times in [0, 1] -> (B, size) cosines and sines of them, from half a period to 500."""
-    frequency = math.pi * torch.logspace(0, 3, size // 2, device=time.device, dtype=time.dtype)
+def _waves(time: Tensor) -> Tensor:
+    """(B,) times in [0, 1] -> (B, D_EMBEDDING) cosines and sines of them, from half a period to 500."""
+    frequency = math.pi * torch.logspace(0, 3, D_EMBEDDING // 2, device=time.device, dtype=time.dtype)
     angle = time.unsqueeze(-1) * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 

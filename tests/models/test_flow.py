@@ -129,8 +129,8 @@ def test_sampling_and_variation_follow_the_velocity(name, monkeypatch):
     """Of normal data: noise z becomes mean + deviation z, and a point on the way likewise."""
     model = MODELS[name]().eval()
     gaussian(monkeypatch, model)
-    model.data_mean.fill_(0.2)
-    model.data_square.fill_(0.2**2 + 0.5**2)
+    model.data_mean.fill_(-0.5)
+    model.data_square.fill_(0.5**2 + 0.5**2)
     made = model.sample(2, 32, generator=seeded(1), num_steps=100)
     z = torch.randn(2, len(model.data_mean), 32 // model.frame, generator=seeded(1))
     torch.testing.assert_close(made, model._audio(1.5 + 0.4 * z, 32), rtol=0, atol=1e-3)
@@ -157,6 +157,16 @@ def test_an_interpolation_ends_at_the_clips_and_keeps_the_size_of_the_noise(monk
     torch.testing.assert_close(made[-1], last, rtol=0, atol=1e-3)
     assert made.std((1, 2)) == pytest.approx(torch.full((5,), 0.4), abs=0.02)  # a straight line would give 0.28
     torch.testing.assert_close(made[2], (first + last) / 2**0.5, rtol=0, atol=0.05)
+
+
+def test_a_clip_beyond_full_scale_is_made_quieter_as_a_whole(monkeypatch):
+    model = flow().eval()
+    for loudest in (0.8, 3.0):
+        made = torch.stack([0.1 * torch.ones(1, 50), torch.linspace(-1, loudest, 50).view(1, 50)])
+        monkeypatch.setattr(model, "_audio", lambda x, num_samples, made=made: made)
+        sample = model.sample(2, 50, num_steps=1)
+        assert torch.equal(sample[0], made[0])
+        torch.testing.assert_close(sample[1], made[1] / max(loudest, 1.0))
 
 
 def test_samples_follow_the_generator_of_each_clip(model):
