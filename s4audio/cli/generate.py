@@ -209,6 +209,8 @@ def _from_recordings(
             audio, heard = _heard(file, model, how)
             told = _in_samples(method, what, audio, model.sample_rate, file)
         except AudioError as error:
+            if len(files) == 1:
+                raise
             failures.append(str(error))
             print(f"skipped: {error}", file=sys.stderr)
             continue
@@ -222,7 +224,7 @@ def _from_recordings(
         _write(out, name, {"input": audio, f"output, {title}": estimate}, model.sample_rate)
         seconds += audio.shape[-1] / model.sample_rate
     if len(failures) == len(files):
-        raise AudioError(failures[0] if len(files) == 1 else f"none of the {len(files)} recordings could be used.")
+        raise AudioError(f"none of the {len(files)} recordings could be used.")
     return seconds
 
 
