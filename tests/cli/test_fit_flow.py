@@ -1,4 +1,4 @@
-"""Training of flows: labels from folders, the average of the weights, and a training that goes on as if it had not stopped."""
+"""Training of flows: labels from folders, the average of the weights, and that it goes on as if it had not stopped."""
 
 import json
 import shutil

@@ -14,7 +14,6 @@ from s4audio.audio import read_audio
 from s4audio.cli import main
 from tests.cli.commands import refused, wav
 
-
 module = sys.modules["s4audio.cli.generate"]  # the package has the verb of that name
 
 
