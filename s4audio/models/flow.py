@@ -143,7 +143,7 @@ class Flow(nn.Module):
 
         Validation takes the same noise and times for every batch, so that it shows the model and not the draw.
         """
-        data = self._data(audio)
+        data = self._data(audio).float()
         if self.training:
             self._follow(data)
             time, drawn = torch.rand(len(data), device=data.device), torch.randn_like(data)
@@ -154,7 +154,7 @@ class Flow(nn.Module):
             time = (torch.arange(len(data), device=data.device) + 0.5) / len(data)
             drawn = noise(data.shape, torch.Generator().manual_seed(0)).to(data)
         data = self._normalized(data)
-        x = torch.lerp(drawn, data, time.view(-1, 1, 1).to(data.dtype))
+        x = torch.lerp(drawn, data, time.view(-1, 1, 1))
         return {"flow": F.mse_loss(self(x, time, label).float(), data - drawn)}
 
     @torch.no_grad()
@@ -355,7 +355,6 @@ class Flow(nn.Module):
     @torch.no_grad()
     def _follow(self, data: Tensor) -> None:
         """The mean and the mean square of all data so far, channel by channel."""
-        data = data.float()
         self.num_batches += 1
         self.data_mean.lerp_(data.mean((0, 2)).unsqueeze(-1), 1 / self.num_batches)
         self.data_square.lerp_(data.square().mean((0, 2)).unsqueeze(-1), 1 / self.num_batches)

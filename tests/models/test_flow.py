@@ -1,6 +1,7 @@
 """Flow matching: what can be said exactly, with the velocity of a Gaussian in the network's place; and that it learns."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -276,6 +277,29 @@ def test_a_hole_in_a_sine_is_filled_and_a_sine_goes_on_without_a_seam(trained):
         steps = made.diff().abs()[:, 0]
         inside = steps[:, 100:139] if len(borders) == 2 else steps[:, 128:]
         assert max(steps[:, border - 1].max() for border in borders) <= inside.max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["raw", "latent"])
+def test_gpu_sampling_is_that_of_the_cpu(name):
+    model = MODELS[name]().eval()
+    wanted = model.sample(2, 5000, generator=[seeded(1), seeded(2)])
+    found = model.cuda().sample(2, 5000, generator=[seeded(1), seeded(2)])
+    assert found.is_cuda and (found.cpu() - wanted).abs().max() < 1e-3  # float32, in another order
+
+
+@pytest.mark.gpu
+def test_gpu_ten_seconds_take_less_than_one():
+    """With the network of recipes/flow_16k.yaml on latents at 1,000 a second."""
+    autoencoder = CausalAutoencoder(
+        16_000, strides=(16,), widths=(32, 128), latent_channels=8, num_blocks=(0, 4), d_state=32
+    )
+    model = Flow(16_000, autoencoder=autoencoder, strides=(4, 4), widths=(32, 128, 160), num_blocks=(1, 2, 3)).cuda().eval()
+    model.sample(1, 160_000)
+    torch.cuda.synchronize()
+    began = time.monotonic()
+    model.sample(1, 160_000).cpu()
+    assert time.monotonic() - began < 1
 
 
 @pytest.mark.parametrize(
