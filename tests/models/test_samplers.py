@@ -30,7 +30,7 @@ def test_the_error_falls_with_the_order_of_the_solver(solver, order):
 def gaussian_velocity(mean: float, deviation: float):
     """Of x_t = (1 - t) noise + t data with data of this normal distribution: the mean of data - noise, given x_t."""
 
-    def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
+    def velocity(x: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
         variance = (1 - t) ** 2 + (t * deviation) ** 2
         return mean + (t * deviation**2 - (1 - t)) / variance * (x - t * mean)
 
