@@ -105,7 +105,7 @@ def _describe_cache(data: AudioFolder | AudioShards) -> list[str]:
 
 def stopped(out: Path) -> list[str]:
     """What to do with a run that was stopped."""
-    return [f"listen:   s4audio generate {out / 'last'} --from MY_RECORDING.wav"]
+    return [_listen(out / "last")]
 
 
 def finish(out: Path, data: AudioFolder | AudioShards, scores: Sequence[Section] = ()) -> list[str]:
@@ -113,7 +113,13 @@ def finish(out: Path, data: AudioFolder | AudioShards, scores: Sequence[Section]
     lead = "A model of raw audio, and what it makes of recordings that it was not trained on."
     held_out = dict(zip(data.valid_names, data.valid_clips, strict=True))
     write_page(out / PAGE, f"The run {out.name}", lead, _sections(out, held_out, scores))
-    return [f"listen:   s4audio generate {out / 'best'} --from MY_RECORDING.wav"]
+    return [_listen(out / "best")]
+
+
+def _listen(model: Path) -> str:
+    """What to type to hear a model."""
+    encodes = hasattr(checkpoint.MODELS[checkpoint.read_config(model)["class"]], "encode")
+    return f"listen:   s4audio generate {model} --from {'MY_RECORDING.wav' if encodes else 'noise'}"
 
 
 @torch.no_grad()
@@ -127,24 +133,24 @@ def _sections(out: Path, held_out: dict[str, Tensor], scores: Sequence[Section])
     """
     model: Any = checkpoint.load(out / "best")
     training, rate = checkpoint.read_config(out / "best")["training"], model.sample_rate
-    heard = {Path(path).name: audio[..., : round(CLIP_SECONDS * rate)] for path, audio in list(held_out.items())[:2]}
-    clips, text, ending = [], LISTEN, "through the model"
-    if not hasattr(model, "encode"):
-        text, ending = VARIED, f"with variation {VARIATION}"
-    for name, audio in heard.items() if hasattr(model, "vary") else ():
-        strength = 0.0 if hasattr(model, "encode") else VARIATION
-        made = model.vary(audio.unsqueeze(0), strength, torch.Generator().manual_seed(0))[0]
-        clips += [Clip(name, audio, rate), Clip(f"{name} {ending}", made, rate)]
-    seconds = CLIP_SECONDS / 2 if not getattr(model, "classes", ()) else training.get("clip_seconds") or CLIP_SECONDS / 2
-    sample = model.sample(1, round(seconds * rate), generator=torch.Generator().manual_seed(0))[0]
-    what, name = "What it makes of noise alone, by no recording.", "from noise"
+    strength, text, ending = VARIATION, VARIED, f"with variation {VARIATION}"
+    source, name = "What it makes of noise alone, by no recording.", "from noise"
     if hasattr(model, "encode"):
-        what = "A latent of noise alone, decoded: a model that learned sound frame by frame gives texture."
+        strength, text, ending = 0.0, LISTEN, "through the model"
+        source = "A latent of noise alone, decoded: a model that learned sound frame by frame gives texture."
         name = "a random latent"
+    clips = []
+    for path, audio in list(held_out.items())[:2] if hasattr(model, "vary") else ():
+        audio = audio[..., : round(CLIP_SECONDS * rate)]
+        made = model.vary(audio.unsqueeze(0), strength, torch.Generator().manual_seed(0))[0]
+        clips += [Clip(Path(path).name, audio, rate), Clip(f"{Path(path).name} {ending}", made, rate)]
+    in_training = training.get("clip_seconds") if getattr(model, "classes", ()) else None
+    num_samples = round((in_training or CLIP_SECONDS / 2) * rate)
+    sample = model.sample(1, num_samples, generator=torch.Generator().manual_seed(0))[0]
     facts = [("", ""), *describe(model), *describe_training(training)]
     return [
         *([Section("Listen", [text], clips=clips)] if clips else []),
-        Section("From noise", [what], clips=[Clip(name, sample, rate)]),
+        Section("From noise", [source], clips=[Clip(name, sample, rate)]),
         *scores,
         Section("The model", table=facts),
         training_section(out),
