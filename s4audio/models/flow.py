@@ -25,7 +25,7 @@ from s4audio.models.autoencoder import (
 from s4audio.models.samplers import Solver, Velocity, flow_times, heun
 
 D_EMBEDDING = 128  # of the time and the label
-NUM_STEPS, GUIDANCE = 8, 2.0  # of sampling, unless told otherwise
+NUM_STEPS, GUIDANCE = 12, 2.0  # of sampling, unless told otherwise
 PASSES = (0.0, 0.5, 0.7)  # times from which a span is made, and made again; the last time the rest may move with it
 FADE_SECONDS = 0.02  # in a span, from its borders
 SMALLEST_DEVIATION = 1e-4  # of a channel of the data: what never changes is not blown up

@@ -28,15 +28,19 @@ def heun(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
 
 
 def flow_times(num_steps: int, start: float = 0.0) -> list[float]:
-    """num_steps + 1 times from `start` to 1, whose steps become smaller towards 1, where fine detail is made.
+    """num_steps + 1 times from `start` to 1, whose steps become smaller towards 1, where what is faint is made.
+
+    Even steps make it too loud: of a band 40 dB below the loudest, 8 of Heun's leave 16 dB too much, a hiss, and these 2.5.
 
     Raises:
         ValueError: num_steps is below 1.
 
+    Source: ours, by the closed form for normal data, which the tests have.
+
     Example:
         >>> flow_times(2)
-        [0.0, 0.75, 1.0]
+        [0.0, 0.875, 1.0]
     """
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}; wanted at least 1, usually 4 to 50.")
-    return [1 - (1 - start) * (1 - step / num_steps) ** 2 for step in range(num_steps + 1)]
+    return [1 - (1 - start) * (1 - step / num_steps) ** 3 for step in range(num_steps + 1)]

@@ -195,7 +195,7 @@ def test_the_rest_of_a_clip_is_known_on_the_way(monkeypatch):
     monkeypatch.setattr(model, "forward", lambda x, time, label=None: seen.append((float(time[0]), x)) or 7 * x)
     audio, generator = torch.randn(1, 1, 30), seeded(1)
     model.inpaint(audio, 10, 20, seeded(1), num_steps=4)
-    assert [t for t, _ in seen[:8:2]] == [0, 0.4375, 0.75, 0.9375] and len(seen) == 8 + 4 + 4
+    assert [t for t, _ in seen[:8:2]] == [0, 0.578125, 0.875, 0.984375] and len(seen) == 8 + 4 + 4
     for calls in (seen[:8], seen[8:12]):
         noise = torch.randn(1, 1, 30, generator=generator)
         for t, x in calls:

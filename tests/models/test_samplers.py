@@ -37,12 +37,26 @@ def gaussian_velocity(mean: float, deviation: float):
     return velocity
 
 
-@pytest.mark.parametrize(("solver", "num_steps", "most"), [(euler, 50, 0.05), (heun, 8, 0.03), (heun, 50, 0.001)])
+@pytest.mark.parametrize(("solver", "num_steps", "most"), [(euler, 50, 0.1), (heun, 12, 0.03), (heun, 50, 0.002)])
 def test_a_flow_between_gaussians_arrives(solver, num_steps, most):
     """Its exact solution is x_1 = mean + deviation noise."""
     noise = torch.linspace(-3, 3, 61, dtype=torch.float64)
     made = solver(gaussian_velocity(1.5, 0.4), noise, flow_times(num_steps))
     torch.testing.assert_close(made, 1.5 + 0.4 * noise, rtol=0, atol=most)
+
+
+def test_faint_bands_come_out_at_their_level_as_with_even_steps_they_do_not():
+    """Normal data of six levels, 0 to -50 dB, like the bands of a sound; the exact solution is level times noise."""
+    level = 10 ** (-torch.arange(0, 60, 10, dtype=torch.float64) / 20)
+
+    def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
+        return (t * level**2 - (1 - t)) / ((1 - t) ** 2 + (t * level) ** 2) * x
+
+    def error_db(times: list[float]) -> torch.Tensor:
+        return 20 * torch.log10(heun(velocity, torch.ones_like(level), times) / level)
+
+    assert error_db(flow_times(8))[:5].abs().max() < 3 and error_db(flow_times(25)).abs().max() < 1
+    assert error_db([k / 8 for k in range(9)])[4] > 15
 
 
 def test_times_go_from_the_start_to_one_and_slow_down():
