@@ -1,6 +1,7 @@
 """The one task that trains every generator: sum the losses that the model names, step, validate, listen."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -75,11 +76,14 @@ class GenerativeTask(TrainingTask):
     def validation_step(self, batch: Tensor | Sequence[Tensor], batch_idx: int) -> None:
         """The losses and, of a model that reconstructs, the SI-SDR, averaged over the validation clips."""
         model, (audio, *label) = self.scored_model, parts(batch)
+        if hasattr(model, "encode"):  # else it makes audio and cannot reconstruct any
+            self._reconstruct(model, audio, batch_idx)
         losses = model.training_losses(audio, *label)
         values = {f"valid/{name}": loss for name, loss in losses.items()}
         self.log_dict({**values, "valid/loss": self.total_loss(losses)}, batch_size=audio.shape[0], on_epoch=True)
-        if not hasattr(model, "encode"):  # it makes audio and cannot reconstruct any
-            return
+
+    def _reconstruct(self, model: Any, audio: Tensor, batch_idx: int) -> None:
+        """Scores and shows what the model makes of clips."""
         estimate = model(audio)
         audible = audio.square().mean((1, 2)) > 0  # SI-SDR has no value on silence
         if audible.any():
