@@ -55,15 +55,15 @@ def check(model: Any, data: Any) -> None:
         data.progress = decoding
 
 
-def prepare(model: Any, data: AudioFolder | AudioShards) -> None:
+def prepare(model: Any, data: Any) -> None:
     """Looks whether labels mean the same to the model and to the data.
 
     Raises:
         ValueError: they have other classes.
     """
-    if getattr(data, "labels", None) and list(model.classes) != data.classes:  # type: ignore[union-attr]
+    if getattr(data, "labels", None) and list(model.classes) != data.classes:
         raise ValueError(
-            f"the recordings are of the classes {', '.join(data.classes)}, "  # type: ignore[union-attr]
+            f"the recordings are of the classes {', '.join(data.classes)}, "
             f"and the model's (classes) are {', '.join(model.classes)}; make them the same, in this order."
         )
 
