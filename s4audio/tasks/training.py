@@ -142,9 +142,10 @@ class TrainingTask(lightning.LightningModule):
         # Not torch's AveragedModel, which waits for the GPU at every step.
         if self.average and self.ema_decay and self.skipped == skipped:
             share = max(1 - self.ema_decay, 9 / (10 + self.global_step))  # the first weights are soon forgotten
-            torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), share)
-            for ours, theirs in zip(self.average.buffers(), self.model.buffers(), strict=True):
-                ours.copy_(theirs)
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), share)
+                for ours, theirs in zip(self.average.buffers(), self.model.buffers(), strict=True):
+                    ours.copy_(theirs)
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

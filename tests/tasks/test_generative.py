@@ -58,6 +58,7 @@ def test_the_average_of_the_weights_is_scored_and_labels_reach_the_model(monkeyp
     )  # fmt: skip
     trainer.fit(averaged, batches, batches)
     assert averaged.scored_model is averaged.average and averaged.model.num_batches == averaged.average.num_batches == 3
+    assert all(parameter.is_leaf for parameter in averaged.average.parameters())  # no graph grows from step to step
     assert len(seen) == 3 and all(torch.equal(label, torch.tensor([0, 1, 0, 1])) for _, label in seen)
     averaged.eval()
     with torch.no_grad():
