@@ -85,7 +85,8 @@ def train(arguments: list[str]) -> None:
     print(f"\nmodel:    {out / 'best'} (step {best['steps']}, best on what was held out) and {out / 'last'}")
     print(f"sounds:   {out / 'sounds'}, from noise and of what was held out")
     print(f"page:     {out / PAGE}, to open in a browser: sounds, scores, curves")
-    print(f"next:     s4audio generate {out / 'best'} --from MY_RECORDING.wav --variation 0.1")
+    varies = hasattr(run.model.model, "vary")
+    print(f"next:     s4audio generate {out / 'best'} --from {'MY_RECORDING.wav --variation 0.1' if varies else 'noise'}")
 
 
 def _of_a_new_run(out: Path, args: argparse.Namespace) -> list[str]:
