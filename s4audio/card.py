@@ -5,6 +5,7 @@ from typing import Any
 ABOUT = {  # class -> what the hub sorts it under, and what it is
     "CausalAutoencoder": ("audio-to-audio", "A causal autoencoder of raw audio, made of S4D layers"),
     "ConvVAE": ("audio-to-audio", "A convolutional variational autoencoder of raw audio"),
+    "Flow": ("text-to-audio", "A generator of raw audio by flow matching, made of S4D layers"),
     "PatchS4Model": (
         "image-classification",
         "A classifier of images, which reads patches one after the other with S4D layers",
@@ -68,19 +69,20 @@ def card(config: dict[str, Any]) -> str:
     name, arguments = config["class"], config["arguments"]
     task, what = ABOUT[name]
     audio = "sample_rate" in arguments
-    commands = ["s4audio info FOLDER"]
+    title, commands = name, ["s4audio info FOLDER"]
     if audio:
-        name, what = f"{name}, {arguments['sample_rate']} Hz", f"{what}, at {arguments['sample_rate']} Hz"
-    if config["class"] == "SaShiMi":
-        commands.append("s4audio generate FOLDER --from noise")
-    elif audio and config["class"] != "WaveNet":  # which makes none
-        commands.append("s4audio generate FOLDER --from RECORDING.wav --variation 0.1")
-    if config["class"] == "CausalAutoencoder" and not arguments["bidirectional"]:
+        what = f"{what}, at {arguments['sample_rate']} Hz"
+        title = f"{name}, {arguments['sample_rate']} Hz"
+        if name in ("Flow", "SaShiMi"):
+            commands.append("s4audio generate FOLDER --from noise")
+        if name not in ("SaShiMi", "WaveNet"):  # which have no latent to vary
+            commands.append("s4audio generate FOLDER --from RECORDING.wav --variation 0.1")
+    if name == "CausalAutoencoder" and not arguments["bidirectional"]:
         what = f"{what}; what it learned in parallel it runs as a stream, block by block"
         commands += ["s4audio reconstruct FOLDER RECORDING.wav OUT.wav", "s4audio stream FOLDER < IN.raw > OUT.raw"]
     facts = (f"| {fact} | {sentence} |" for fact, sentence in describe_training(config["training"]))
     medium = "audio" if audio else "images"
-    return TEXT.format(task=task, medium=medium, name=name, what=what, facts="\n".join(facts), commands="\n".join(commands))
+    return TEXT.format(task=task, medium=medium, name=title, what=what, facts="\n".join(facts), commands="\n".join(commands))
 
 
 def describe_training(training: dict[str, Any]) -> list[tuple[str, str]]:

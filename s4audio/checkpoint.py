@@ -1,5 +1,8 @@
 """A model on disk: a folder with config.json (the class and its arguments), model.safetensors (the weights), and a card.
 
+An argument that is itself a model, such as the autoencoder of a flow, stands in config.json as its class and its arguments;
+its weights are among the others, so that a folder needs no other folder.
+
 Loading builds a class of this package from a list below and fills in numbers; nothing in the folder is executed.
 """
 
@@ -23,25 +26,25 @@ from s4audio.metrics.embeddings import EncoderWindows
 from s4audio.models import (
     CausalAutoencoder,
     ConvVAE,
+    Flow,
     PatchS4Model,
     S4DAutoencoder,
     S4Model,
     SaShiMi,
     StreamState,
     WaveNet,
+    WaveformAutoencoder,
     advance_stream,
     begin_stream,
 )
 
 MODELS: dict[str, type[nn.Module]] = {
-    model.__name__: model for model in (CausalAutoencoder, ConvVAE, PatchS4Model, S4DAutoencoder, S4Model, SaShiMi, WaveNet)
+    model.__name__: model
+    for model in (CausalAutoencoder, ConvVAE, Flow, PatchS4Model, S4DAutoencoder, S4Model, SaShiMi, WaveNet)
 }
-DEPTHS = (
-    "num_blocks",
-    "num_layers",
-    "num_stacks",
-)  # arguments that say how many layers there are, each with tensors of its own
+DEPTHS = ("num_blocks", "num_layers", "num_stacks")  # arguments that count layers, each with tensors of its own
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+PRETRAINED = Path(__file__).parent / "pretrained"  # a folder for each model that comes with the package
 STREAM = "s4audio stream 1"  # what a state file says that it holds
 TRAINING_DATA = ("train_files", "train_seconds", "sample_rate", "normalize", "clip_seconds", "steps")
 
@@ -66,12 +69,8 @@ def save(model: nn.Module, path: str | Path, training: dict[str, Any] | None = N
     Raises:
         CheckpointError: the model is none of MODELS.
     """
-    name = type(model).__name__
-    if name not in MODELS:
-        raise CheckpointError(f"{name} is not a model that can be saved; known are {', '.join(MODELS)}.")
-    arguments = {argument: getattr(model, argument) for argument in _signature(name)}
-    # As they will be read again: tuples are lists then.
-    config = json.loads(json.dumps({"class": name, "arguments": arguments, "training": training or {}}))
+    # As it will be read again: tuples are lists then.
+    config = json.loads(json.dumps({**_described(model), "training": training or {}}))
     texts = {CONFIG: json.dumps(config, indent=2) + "\n", CARD: card(config)}
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     path = Path(path)
@@ -87,15 +86,20 @@ def save(model: nn.Module, path: str | Path, training: dict[str, Any] | None = N
 def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     """The model in a folder written by `save`, ready to use (in eval mode).
 
+    Args:
+        path: the folder; or, if there is none, the name of a model that comes with the package.
+        device: where to.
+
     Raises:
         CheckpointError: the folder or a file is missing or damaged, the class is unknown, or the weights do not fit.
     """
-    path, config = Path(path), read_config(path)
+    path = located(path)
+    config = read_config(path)
     weights = _read_tensors(path / WEIGHTS)
     try:
         _refuse_more_layers(config["arguments"], len(weights))
         with torch.device("meta"):  # shapes without memory, so that a damaged size costs nothing
-            model = MODELS[config["class"]](**config["arguments"])
+            model = _built(config["class"], config["arguments"])
     except Exception as error:  # whatever a constructor makes of a damaged argument
         raise CheckpointError(f"{path / CONFIG}: the arguments do not fit {config['class']} ({error}).") from error
     wanted = model.state_dict()
@@ -109,6 +113,28 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     own = {name: value.to(wanted[name].dtype, copy=True) for name, value in weights.items()}
     model.load_state_dict(own, assign=True)
     return model.to(device).eval()
+
+
+def load_autoencoder(path: str) -> WaveformAutoencoder:
+    """The autoencoder in a folder; a recipe names this function where a model is built on a trained autoencoder.
+
+    Raises:
+        CheckpointError: as `load`; or that is another kind of model.
+    """
+    model = load(path)
+    if not isinstance(model, WaveformAutoencoder):
+        raise CheckpointError(f"{path} is a {type(model).__name__}; wanted an autoencoder.")
+    return model
+
+
+def pretrained() -> list[str]:
+    """The names of the models that come with the package."""
+    return sorted(path.parent.name for path in PRETRAINED.glob(f"*/{CONFIG}"))
+
+
+def located(path: str | Path) -> Path:
+    """The folder of a model: the path itself, or that of the pretrained model of this name where there is no such folder."""
+    return PRETRAINED / path if str(path) in pretrained() and not Path(path).exists() else Path(path)
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -133,7 +159,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing, is not JSON of that form, or names an unknown class or argument.
     """
-    path = Path(path)
+    path = located(path)
     if not (path / CONFIG).is_file():
         others = [p for p in (path.parent / "last", path / "best", path / "last") if (p / CONFIG).is_file()]
         hint = f"there is one in {others[0]}" if others else "a training run keeps its models in RUN/best and RUN/last"
@@ -155,10 +181,11 @@ def fingerprint(path: str | Path) -> str:
     Raises:
         CheckpointError: there is none.
     """
+    file = located(path) / WEIGHTS
     try:
-        return hashlib.sha256((Path(path) / WEIGHTS).read_bytes()).hexdigest()
+        return hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError as error:
-        raise CheckpointError(f"{Path(path) / WEIGHTS} is missing or unreadable ({error}).") from error
+        raise CheckpointError(f"{file} is missing or unreadable ({error}).") from error
 
 
 def save_state(state: StreamState, path: str | Path, model_sha256: str) -> None:
@@ -279,9 +306,39 @@ def _filled(template: Any, values: Iterator[Tensor]) -> Any:
     return type(template)(*parts) if hasattr(template, "_fields") else tuple(parts)
 
 
+def _described(model: nn.Module) -> dict[str, Any]:
+    """Class and arguments of a model, and of the models among the arguments.
+
+    Raises:
+        CheckpointError: one is none of MODELS.
+    """
+    name = type(model).__name__
+    if name not in MODELS:
+        raise CheckpointError(f"{name} is not a model that can be saved; known are {', '.join(MODELS)}.")
+    arguments = {argument: getattr(model, argument) for argument in _signature(name)}
+    nested = {key: _described(value) for key, value in arguments.items() if isinstance(value, nn.Module)}
+    return {"class": name, "arguments": {**arguments, **nested}}
+
+
+def _built(name: str, arguments: dict[str, Any]) -> nn.Module:
+    """A model from what `_described` says; errors are whatever the classes make of damaged arguments."""
+    # A dict can only be a model: no argument of MODELS is another.
+    return MODELS[name](**{key: _built(**_part(v)) if isinstance(v, dict) else v for key, v in arguments.items()})
+
+
+def _part(described: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `_built` for a model among the arguments of another."""
+    if described.keys() != {"class", "arguments"} or not isinstance(described["arguments"], dict):
+        raise ValueError(f"{str(described)[:50]} describes no model")
+    return {"name": described["class"], "arguments": described["arguments"]}
+
+
 def _refuse_more_layers(arguments: dict[str, Any], num_tensors: int) -> None:
     """Raises: ValueError, if there are more layers than tensors: to build such a model could take hours."""
     for name, value in arguments.items():
+        if isinstance(value, dict):
+            _refuse_more_layers(_part(value)["arguments"], num_tensors)
+            continue
         entries = value if isinstance(value, list) else [value]
         if len(entries) > num_tensors or (name in DEPTHS and max(entries, default=0) > num_tensors):
             raise ValueError(f"{name} is {str(value)[:50]}, and the weights are {num_tensors} tensors")

@@ -9,13 +9,22 @@ import pytest
 import torch
 from torch import nn
 
-from s4audio import CausalAutoencoder, ConvVAE, S4DAutoencoder, S4Model, SaShiMi, checkpoint
+from s4audio import CausalAutoencoder, ConvVAE, Flow, S4DAutoencoder, S4Model, SaShiMi, checkpoint
 from s4audio.checkpoint import CheckpointError, fingerprint, load, load_embedding, read_config, save
 from s4audio.models import PatchS4Model, WaveNet
 
+
+def autoencoder() -> CausalAutoencoder:
+    return CausalAutoencoder(8000, strides=(2,), widths=(4, 4), d_state=4)
+
+
 MODELS = {
-    "CausalAutoencoder": lambda: CausalAutoencoder(8000, strides=(2,), widths=(4, 4), d_state=4),
+    "CausalAutoencoder": autoencoder,
     "ConvVAE": lambda: ConvVAE(8000, strides=(2,), widths=(4, 4), latent_channels=2, num_blocks=1),
+    "Flow": lambda: Flow(8000, strides=(2,), widths=(4, 4), num_blocks=1, d_state=4, classes=("a", "b")),
+    "Flow of latents": lambda: Flow(
+        8000, autoencoder=autoencoder(), strides=(2,), widths=(4, 4), num_blocks=(0, 1), d_state=4
+    ),
     "PatchS4Model": lambda: PatchS4Model(3, 10, d_model=4, num_layers=1, patch=4, d_state=4),
     "S4DAutoencoder": lambda: S4DAutoencoder(3000, final_gelu=False),
     "S4Model": lambda: S4Model(3, 10, d_model=4, num_layers=1, layer="S4", d_state=4),
@@ -25,7 +34,7 @@ MODELS = {
 
 
 def test_every_savable_model_is_tested():
-    assert set(MODELS) == set(checkpoint.MODELS)
+    assert {type(make()).__name__ for make in MODELS.values()} == set(checkpoint.MODELS)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -33,9 +42,61 @@ def test_a_loaded_model_is_the_saved_one(tmp_path, name):
     model = MODELS[name]().eval()
     save(model, tmp_path / "run" / "best", training={"steps": 3})
     loaded = load(tmp_path / "run" / "best")
-    audio = torch.randn(1, 3 if name.endswith("S4Model") else 1, 64)
-    assert torch.equal(loaded(audio), model(audio)) and not loaded.training
+
+    def output(model: nn.Module) -> torch.Tensor:
+        torch.manual_seed(1)
+        if hasattr(model, "sample"):
+            return model.sample(1, 64)
+        return model(torch.randn(1, 3, 64))
+
+    assert torch.equal(output(loaded), output(model)) and not loaded.training
     assert read_config(tmp_path / "run" / "best")["training"] == {"steps": 3}
+
+
+def test_a_model_among_the_arguments_comes_with_the_folder(tmp_path):
+    """Its class, its arguments, its weights, and that it is not trained; only autoencoders are taken."""
+    model = MODELS["Flow of latents"]().eval()
+    model.autoencoder.latent_mean.fill_(3)
+    save(model, tmp_path / "model")
+    described = read_config(tmp_path / "model")["arguments"]["autoencoder"]
+    assert described["class"] == "CausalAutoencoder" and described["arguments"]["strides"] == [2]
+    loaded = load(tmp_path / "model")
+    audio = torch.randn(1, 1, 64)
+    assert torch.equal(loaded.autoencoder(audio), model.autoencoder(audio)) and (loaded.autoencoder.latent_mean == 3).all()
+    trained = {name for name, parameter in loaded.named_parameters() if parameter.requires_grad}
+    assert trained and not any(name.startswith("autoencoder") for name in trained)
+    save(loaded.autoencoder, tmp_path / "autoencoder")
+    assert torch.equal(checkpoint.load_autoencoder(str(tmp_path / "autoencoder"))(audio), model.autoencoder(audio))
+    with pytest.raises(CheckpointError, match="is a Flow; wanted an autoencoder"):
+        checkpoint.load_autoencoder(str(tmp_path / "model"))
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    for part, message in (
+        ({"class": "S4DAutoencoder", "arguments": {"sample_rate": 8000}}, "where nothing is wanted as autoencoder"),
+        ({"class": "Linear", "arguments": {}}, "the arguments do not fit Flow"),
+        ({"class": "S4Model", "arguments": {"d_input": 1, "num_classes": 2}}, "autoencoder is a S4Model"),
+        ({"class": "CausalAutoencoder"}, "describes no model"),
+        ({"class": "CausalAutoencoder", "arguments": {"sample_rate": 8000, "evil": 1}}, "evil"),
+    ):
+        changed = {**config, "arguments": {**config["arguments"], "autoencoder": part}}
+        (tmp_path / "model" / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(CheckpointError, match=message):
+            load(tmp_path / "model")
+
+
+def test_a_name_that_is_no_folder_is_a_pretrained_model(tmp_path, monkeypatch):
+    assert checkpoint.pretrained() == sorted(checkpoint.pretrained())
+    monkeypatch.setattr(checkpoint, "PRETRAINED", tmp_path / "shipped")
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint.pretrained() == []
+    save(S4DAutoencoder(3000), tmp_path / "shipped" / "small-3k", {"steps": 1})
+    assert checkpoint.pretrained() == ["small-3k"]
+    assert load("small-3k").sample_rate == 3000 and read_config("small-3k")["training"] == {"steps": 1}
+    assert fingerprint("small-3k") == fingerprint(tmp_path / "shipped" / "small-3k")
+    save(S4DAutoencoder(4000), "small-3k")  # a folder of this name goes first
+    assert load("small-3k").sample_rate == 4000
+    for name in ("other-3k", "../shipped/small-3k/..", ""):
+        with pytest.raises(CheckpointError, match=r"is not a model: it has no config.json"):
+            load(name)
 
 
 def test_saving_again_replaces_and_leaves_nothing_else(tmp_path):

@@ -15,6 +15,7 @@ from s4audio.cli.evaluate import evaluate
 from s4audio.cli.fit import fit
 from s4audio.cli.generate import generate
 from s4audio.cli.info import info
+from s4audio.cli.models import models
 from s4audio.cli.reconstruct import reconstruct
 from s4audio.cli.stream import stream
 from s4audio.cli.train import train
@@ -26,20 +27,22 @@ HELP = """s4audio trains models of raw audio on a folder of recordings, and make
   s4audio train FOLDER                        a model of your recordings, with sounds, scores and a page, in one command
   s4audio fit --config RECIPE.yaml            train what a recipe says; the same command goes on where it stopped
   s4audio generate MODEL --from noise         make audio from noise, or from a recording with --from FILE
+  s4audio models                              the pretrained models of this installation, for MODEL by their names
   s4audio reconstruct MODEL IN.wav OUT.wav    send a recording of any length through a model, block by block
   s4audio stream MODEL                        raw samples from standard input through a model to standard output, live
   s4audio evaluate GENERATED REFERENCE        how close generated audio comes to recordings, and how sure that is
   s4audio info MODEL                          what a model is, how it was trained, and what it remembers for how long
   s4audio doctor                              check this installation, and say what is missing
 
-A MODEL is a folder that training wrote, such as runs/NAME/best. `s4audio VERB --help` tells more about each.
+A MODEL is a folder that training wrote, such as runs/NAME/best, or a name that `s4audio models` lists. `s4audio VERB
+--help` tells more about each.
 
 First steps: `s4audio demo`; then, with recordings of your own,
   s4audio check FOLDER
   s4audio train FOLDER --minutes 10"""
 
 VERBS: dict[str, Callable[[list[str]], int | None]] = {
-    verb.__name__: verb for verb in (demo, check, train, fit, generate, reconstruct, stream, evaluate, info, doctor)
+    verb.__name__: verb for verb in (demo, check, train, fit, generate, models, reconstruct, stream, evaluate, info, doctor)
 }
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

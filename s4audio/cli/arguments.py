@@ -19,6 +19,7 @@ from rich.progress import Progress as Bar
 from s4audio import checkpoint
 from s4audio.files import replacing
 from s4audio.metrics.comparison import Progress
+from s4audio.models import CausalAutoencoder
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,28 +30,28 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; `{self.prog} --help` shows what it takes.")
 
 
-def load_autoencoder(path: str, device: str = "cpu") -> Any:
-    """The model in a folder.
+def load_generator(path: str, device: str = "cpu") -> Any:
+    """The model of audio in a folder, or the pretrained one of this name.
 
     Raises:
-        ValueError: there is none, it is not an autoencoder, or the device is not here.
+        ValueError: there is none, it makes no sound, or the device is not here.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is cuda, but torch finds no CUDA device here; leave --device out to use the CPU.")
     model = checkpoint.load(path, device)
-    if not hasattr(model, "decode"):
-        raise ValueError(f"{path} is a {type(model).__name__}, which classifies; this needs an autoencoder.")
+    if not hasattr(model, "sample"):
+        raise ValueError(f"{path} is a {type(model).__name__}, which classifies; this needs a model of audio.")
     return model
 
 
 def load_streaming(path: str, verb: str, device: str = "cpu") -> Any:
-    """The model in a folder, for a verb that streams.
+    """The autoencoder in a folder, for a verb that streams.
 
     Raises:
-        ValueError: as `load_autoencoder`; or it cannot stream, or hears more than one channel.
+        ValueError: as `load_generator`; or it cannot stream, or hears more than one channel.
     """
-    model = load_autoencoder(path, device)
-    if not hasattr(model, "stream") or model.bidirectional:
+    model = load_generator(path, device)
+    if not isinstance(model, CausalAutoencoder) or model.bidirectional:
         why = "hears the future and " if hasattr(model, "stream") else ""
         raise ValueError(f"{path} is a {type(model).__name__}, which {why}cannot stream; `s4audio generate` takes it.")
     if model.channels != 1:

@@ -294,6 +294,7 @@ def _recipe_cli(arguments: list[str]) -> Any:
             if trainer["logger"] is not None:
                 raise ValueError("trainer.logger is set; a run always writes TensorBoard files into its folder.")
             try:
+                _name_classes(self.config)
                 self.config_init = self.parser.instantiate(self.config)
             except ValueError as error:
                 raise ValueError(f"the recipe is refused: {_innermost(error)}") from error
@@ -301,7 +302,8 @@ def _recipe_cli(arguments: list[str]) -> Any:
             data, model, kind = self.datamodule, self.model.model, _kind(self.model)
             kind.check(model, data)
             if self.config["from_model"] and not holds_a_checkpoint(out):
-                checkpoint.load_weights(model, self.config["from_model"])
+                for each in {model, self.model.scored_model}:  # the average of the weights begins there too
+                    checkpoint.load_weights(each, self.config["from_model"])
             data.setup()
             kind.prepare(model, data)
             progress = Progress(lambda batch: kind.size(batch, data) * self.trainer.world_size, kind.UNIT)
@@ -330,6 +332,22 @@ def _recipe_cli(arguments: list[str]) -> Any:
         )  # fmt: skip
     except jsonargparse.ArgumentError as error:
         raise ValueError(f"the recipe or an option is refused: {_innermost(error)}{_hint(error, arguments)}") from error
+
+
+def _name_classes(config: Any) -> None:
+    """Gives a model whose recipe leaves its classes empty those of the folder that it is trained on.
+
+    Raises:
+        AudioError: a recording is in no subfolder.
+    """
+    from s4audio.audio import find_audio
+    from s4audio.data.audio_folder import class_of
+
+    model, data = (config[part].get("init_args") or {} for part in ("model", "data"))
+    inner = model.get("model", {}).get("init_args") or {}
+    if data.get("labels") and "classes" in inner and not inner["classes"]:
+        folder = data["train"]
+        inner["classes"] = sorted({class_of(str(file), folder) for file in find_audio(folder)})
 
 
 def holds_a_checkpoint(out: Path) -> bool:

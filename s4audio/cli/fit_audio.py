@@ -22,7 +22,11 @@ LISTEN = (
     "First a recording that the model was not trained on (its first ten seconds), then what it makes of it. Listen for the "
     "attack of the notes, the brightness, and a haze or hiss that was not there."
 )
-CLIP_SECONDS = 10.0
+VARIED = (
+    "First a recording that the model was not trained on (its first ten seconds), then what it makes of it half way from "
+    "noise: another sound of the same kind."
+)
+VARIATION, CLIP_SECONDS = 0.5, 10.0
 
 
 def check(model: Any, data: Any) -> None:
@@ -42,12 +46,26 @@ def check(model: Any, data: Any) -> None:
     if model.channels != 1:
         raise ValueError(f"the model has {model.channels} channels and the clips of {type(data).__name__} have 1 (mono).")
 
+    labelled, classes = getattr(data, "labels", None), getattr(model, "classes", ())
+    if labelled and not hasattr(model, "classes"):
+        raise ValueError(f"data.init_args.labels is {labelled}, and {type(model).__name__} takes no labels; make it null.")
+    if classes and not labelled:
+        raise ValueError(f"the model has the classes {', '.join(classes)} and the data no labels; set labels: folder.")
     if isinstance(data, AudioFolder):
         data.progress = decoding
 
 
-def prepare(model: Any, data: AudioFolder | AudioShards) -> None:
-    """Nothing."""
+def prepare(model: Any, data: Any) -> None:
+    """Looks whether labels mean the same to the model and to the data.
+
+    Raises:
+        ValueError: they have other classes.
+    """
+    if getattr(data, "labels", None) and list(model.classes) != data.classes:
+        raise ValueError(
+            f"the recordings are of the classes {', '.join(data.classes)}, "
+            f"and the model's (classes) are {', '.join(model.classes)}; make them the same, in this order."
+        )
 
 
 def decoding(files: Iterable[Any], total: int) -> Iterator[Any]:
@@ -56,8 +74,9 @@ def decoding(files: Iterable[Any], total: int) -> Iterator[Any]:
     yield from track(files, "decoding into the cache", total, console=console, disable=not (total and console.is_terminal))
 
 
-def size(batch: Tensor, data: AudioFolder | AudioShards) -> float:
+def size(batch: Tensor | Sequence[Tensor], data: AudioFolder | AudioShards) -> float:
     """Seconds of audio."""
+    batch = batch if isinstance(batch, Tensor) else batch[0]
     return batch.shape[0] * batch.shape[-1] / data.sample_rate
 
 
@@ -86,7 +105,7 @@ def _describe_cache(data: AudioFolder | AudioShards) -> list[str]:
 
 def stopped(out: Path) -> list[str]:
     """What to do with a run that was stopped."""
-    return [f"listen:   s4audio generate {out / 'last'} --from MY_RECORDING.wav"]
+    return [_listen(out / "last")]
 
 
 def finish(out: Path, data: AudioFolder | AudioShards, scores: Sequence[Section] = ()) -> list[str]:
@@ -94,7 +113,16 @@ def finish(out: Path, data: AudioFolder | AudioShards, scores: Sequence[Section]
     lead = "A model of raw audio, and what it makes of recordings that it was not trained on."
     held_out = dict(zip(data.valid_names, data.valid_clips, strict=True))
     write_page(out / PAGE, f"The run {out.name}", lead, _sections(out, held_out, scores))
-    return [f"listen:   s4audio generate {out / 'best'} --from MY_RECORDING.wav"]
+    return [_listen(out / "best")]
+
+
+def _listen(model: Path) -> str:
+    """What to type to hear a model."""
+    of = checkpoint.MODELS[checkpoint.read_config(model)["class"]]
+    if not hasattr(of, "sample"):
+        return f"it gives probabilities and makes no sound: s4audio info {model}"
+    encodes = hasattr(of, "encode")
+    return f"listen:   s4audio generate {model} --from {'MY_RECORDING.wav' if encodes else 'noise'}"
 
 
 @torch.no_grad()
@@ -108,19 +136,27 @@ def _sections(out: Path, held_out: dict[str, Tensor], scores: Sequence[Section])
     """
     model: Any = checkpoint.load(out / "best")
     training, rate = checkpoint.read_config(out / "best")["training"], model.sample_rate
+    strength, text, ending = VARIATION, VARIED, f"with variation {VARIATION}"
+    source, name = "What it makes of noise alone, by no recording.", "from noise"
+    if hasattr(model, "encode"):
+        strength, text, ending = 0.0, LISTEN, "through the model"
+        source = "A latent of noise alone, decoded: a model that learned sound frame by frame gives texture."
+        name = "a random latent"
     clips = []
-    for path, audio in list(held_out.items())[:2]:
-        audio, name = audio[..., : round(CLIP_SECONDS * rate)], Path(path).name
-        clips += [Clip(name, audio, rate), Clip(f"{name} through the model", model(audio.unsqueeze(0))[0], rate)]
-    generator = torch.Generator().manual_seed(0)
-    sample = model.sample(1, round(CLIP_SECONDS / 2 * rate), generator=generator)[0]
+    for path, audio in list(held_out.items())[:2] if hasattr(model, "vary") else ():
+        audio = audio[..., : round(CLIP_SECONDS * rate)]
+        made = model.vary(audio.unsqueeze(0), strength, torch.Generator().manual_seed(0))[0]
+        clips += [Clip(Path(path).name, audio, rate), Clip(f"{Path(path).name} {ending}", made, rate)]
+    from_noise = []
+    if hasattr(model, "sample"):
+        in_training = training.get("clip_seconds") if getattr(model, "classes", ()) else None
+        num_samples = round((in_training or CLIP_SECONDS / 2) * rate)
+        sample = model.sample(1, num_samples, generator=torch.Generator().manual_seed(0))[0]
+        from_noise = [Section("From noise", [source], clips=[Clip(name, sample, rate)])]
     facts = [("", ""), *describe(model), *describe_training(training)]
     return [
-        Section("Listen", [LISTEN], clips=clips),
-        Section(
-            "From noise", ["A latent of noise alone, decoded: a model that learned sound frame by frame gives texture."],
-            clips=[Clip("a random latent", sample, rate)],
-        ),
+        *([Section("Listen", [text], clips=clips)] if clips else []),
+        *from_noise,
         *scores,
         Section("The model", table=facts),
         training_section(out),

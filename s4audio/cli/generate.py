@@ -1,106 +1,291 @@
 """`s4audio generate`: audio from noise or from recordings."""
 
 import argparse
+import inspect
 import json
+import math
+import re
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from s4audio import checkpoint
 from s4audio.audio import NORMALIZATIONS, AudioError, find_audio, normalize, read_audio, write_audio
-from s4audio.cli.arguments import Parser, load_autoencoder
+from s4audio.cli.arguments import Parser, load_generator
 from s4audio.files import replacing
 
 RECORD = "generated.json"  # which model made which file of the folder
 LEVELS = {"none": "their own level", "peak": "a peak of full scale, and its output is brought back to theirs"}
+METHODS = {  # of a model -> the option that asks for it
+    "sample": "--from noise",
+    "vary": "--variation",
+    "inpaint": "--inpaint",
+    "continue_": "--continue",
+    "interpolate": "--interpolate",
+}
+KEYWORDS = {  # of these methods -> the option that gives it
+    "label": "--label",
+    "num_steps": "--steps",
+    "guidance": "--guidance",
+    "temperature": "--temperature",
+    "top_p": "--top-p",
+}
+NUM_CLIPS, NUM_BETWEEN, SECONDS = 4, 5, 10.0
 
 
 def generate(arguments: list[str]) -> None:
     """Writes audio made by a model, with a picture of each clip."""
-    parser = Parser(prog="s4audio generate", description="Make audio from noise or from recordings.")
-    parser.add_argument("model", help="model folder, such as runs/NAME/best")
-    parser.add_argument("--from", dest="source", required=True, metavar="noise|FILE|FOLDER", help="what to start from")
-    parser.add_argument("--num", type=int, help="clips to make from noise (default 4)")
-    parser.add_argument("--seconds", type=float, help="length of a clip made from noise (default 10)")
-    parser.add_argument(
-        "--variation", type=float, default=0.0, help="noise mixed into the latent: 0 (default), only reconstructs, to 1"
+    parser = Parser(
+        prog="s4audio generate",
+        description="Make audio from noise or from recordings. What a model cannot do it says, and what it can instead.",
     )
+    parser.add_argument("model", help="model folder, such as runs/NAME/best, or the name of a pretrained model")
+    parser.add_argument("--from", dest="source", metavar="noise|FILE|FOLDER", help="what to start from")
+    parser.add_argument("--num", type=int, help="clips to make from noise (default 4), or of an interpolation (default 5)")
+    parser.add_argument(
+        "--seconds", type=float, help="length of a clip made from noise (default 10; of a model with labels, as in training)"
+    )
+    parser.add_argument("--label", help="what to make, by the name of a class or by its number")
+    parser.add_argument("--steps", dest="num_steps", type=int, help="of a flow's solver: 4 are quick, 50 exact")
+    parser.add_argument("--guidance", type=float, help="how closely a flow follows the label: 1 as learned, 4 exaggerates")
+    parser.add_argument("--temperature", type=float, help="of each drawn sample: below 1 takes fewer risks")
+    parser.add_argument("--top-p", type=float, help="draw each sample among the likeliest, this probability in all")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--variation", type=float, help="noise mixed into a recording: 0 (default), only reconstructs, to 1, only noise"
+    )
+    how.add_argument("--inpaint", metavar="START:STOP", help="make this span of a recording anew, in seconds: 2.0:3.5")
+    how.add_argument("--continue", dest="more", type=float, metavar="SECONDS", help="go on with a recording for so long")
+    how.add_argument("--interpolate", nargs=2, metavar=("A", "B"), help="clips on the way from one recording to another")
     parser.add_argument("--normalize", choices=NORMALIZATIONS, help="level of the recordings; default: as in training")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same clips (default 0)")
     parser.add_argument("--batch-size", type=int, default=4, help="clips from noise at a time (default 4)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--out", default="generated", help="folder for the WAV and PNG files (default generated)")
     args = parser.parse_args(arguments)
-    if args.source != "noise" and (args.num is not None or args.seconds is not None):
-        raise ValueError("--num and --seconds are for --from noise; a recording gives one clip, as long as it is.")
-    args.num, args.seconds = 4 if args.num is None else args.num, 10.0 if args.seconds is None else args.seconds
-    if args.num < 1 or args.batch_size < 1 or args.seed < 0 or not 0 < args.seconds <= 3600:
-        raise ValueError("--num and --batch-size must be at least 1, --seconds positive, at most 3600, --seed not negative.")
-    if not 0 <= args.variation <= 1:
-        raise ValueError(f"--variation is {args.variation}; wanted 0 (reconstruction) to 1 (only noise).")
-    if args.source == "noise" and args.variation:
-        raise ValueError("--variation mixes noise into a recording; with --from noise there is none.")
-    sources = None if args.source == "noise" else find_audio(args.source)
-    model = load_autoencoder(args.model, args.device)
+    method, what = _asked_for(args)
+    sources = [] if method == "sample" else [file for path in args.interpolate or [args.source] for file in find_audio(path)]
+    model = load_generator(args.model, args.device)
+    options = _options(model, method, args)
+    training = checkpoint.read_config(args.model)["training"]
+    how_loud = args.normalize or training.get("normalize", "none")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     _record(out, args)
     started = time.monotonic()
-    if sources is None:
-        seconds = _from_noise(model, args, out)
-    else:
-        how = args.normalize or checkpoint.read_config(args.model)["training"].get("normalize", "none")
-        seconds = _from_recordings(model, args, sources, how, out)
+    with torch.no_grad():
+        if method == "sample":
+            in_training = training.get("clip_seconds") if getattr(model, "classes", ()) else None
+            seconds = _from_noise(model, options, args, args.seconds or in_training or SECONDS, out)
+        elif method == "interpolate":
+            seconds = _between(model, options, args, sources, how_loud, out)
+        else:
+            seconds = _from_recordings(model, options, args, sources, how_loud, out, method, what)
     took = time.monotonic() - started
     print(f"{seconds:.1f} s of audio in {took:.1f} s, at {model.sample_rate} Hz, in {out}")
 
 
-@torch.no_grad()
-def _from_noise(model: Any, args: argparse.Namespace, out: Path) -> float:
-    num_samples = max(1, round(args.seconds * model.sample_rate))
-    for first in range(0, args.num, args.batch_size):
-        indices = range(first, min(first + args.batch_size, args.num))
+def _asked_for(args: argparse.Namespace) -> tuple[str, Any]:
+    """The method that is asked for, and what it is told: a strength, a span in seconds, or a number of seconds.
+
+    Raises:
+        ValueError: options that exclude each other, or a value outside of its range.
+    """
+    if args.interpolate and args.source:
+        raise ValueError("--interpolate names its two recordings itself; leave --from out.")
+    if not args.interpolate and not args.source:
+        raise ValueError("--from is missing: noise, a recording, or a folder of them.")
+    a_recording = args.source not in ("noise", None)
+    if (args.num is not None and a_recording) or (args.seconds is not None and args.source != "noise"):
+        raise ValueError("--num and --seconds are for --from noise; a recording gives one clip, as long as it is.")
+    num, seconds = NUM_CLIPS if args.num is None else args.num, SECONDS if args.seconds is None else args.seconds
+    if num < 1 or args.batch_size < 1 or args.seed < 0 or not 0 < seconds <= 3600:
+        raise ValueError("--num and --batch-size must be at least 1, --seconds positive, at most 3600, --seed not negative.")
+    if args.variation is not None and not 0 <= args.variation <= 1:
+        raise ValueError(f"--variation is {args.variation}; wanted 0 (reconstruction) to 1 (only noise).")
+    if args.interpolate:
+        return "interpolate", None
+    if args.source == "noise":
+        if args.variation:
+            raise ValueError("--variation mixes noise into a recording; with --from noise there is none.")
+        if args.inpaint or args.more is not None:
+            raise ValueError("--inpaint and --continue need a recording; with --from noise there is none.")
+        return "sample", None
+    if args.inpaint:
+        return "inpaint", _span(args.inpaint)
+    if args.more is not None:
+        if not 0 < args.more <= 3600:
+            raise ValueError(f"--continue is {args.more:g}; wanted a positive number of seconds, at most 3600.")
+        return "continue_", args.more
+    return "vary", args.variation or 0.0
+
+
+def _span(text: str) -> tuple[float, float]:
+    """Two times in seconds from START:STOP.
+
+    Raises:
+        ValueError: it is something else, or the second is not after the first.
+    """
+    try:
+        start, stop = map(float, text.split(":"))
+    except ValueError:
+        raise ValueError(f"--inpaint is {text}; wanted START:STOP in seconds, such as 2.0:3.5.") from None
+    if not 0 <= start < stop < math.inf:
+        raise ValueError(f"--inpaint is {text}; wanted a start of at least 0 and a later stop.")
+    return start, stop
+
+
+def _options(model: Any, method: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The keywords for a method that the user has given.
+
+    Raises:
+        ValueError: the model has no such method, or the method no such keyword, or the model no such class.
+    """
+    name = type(model).__name__
+    if not hasattr(model, method):
+        can = ", ".join(option for other, option in METHODS.items() if hasattr(model, other))
+        raise ValueError(f"{args.model} is a {name}, which cannot do {METHODS[method]}; it can do {can}.")
+    given = {keyword: getattr(args, keyword) for keyword in KEYWORDS if getattr(args, keyword) is not None}
+    taken = set(inspect.signature(getattr(model, method)).parameters)
+    taken -= set() if getattr(model, "classes", ()) else {"label"}
+    if unknown := [option for keyword, option in KEYWORDS.items() if keyword in given and keyword not in taken]:
+        can = ", ".join(option for keyword, option in KEYWORDS.items() if keyword in taken) or "none of its kind"
+        raise ValueError(f"{unknown[0]} is not for {METHODS[method]} of {args.model}, a {name}; it takes {can}.")
+    if "label" in given:
+        given["label"] = torch.tensor([_number_of(given["label"], model.classes)], device=args.device)
+    return given
+
+
+def _number_of(label: str, classes: Sequence[str]) -> int:
+    """Of a class, from its name or else its number.
+
+    Raises:
+        ValueError: there is no such class.
+    """
+    if label in classes:
+        return list(classes).index(label)
+    if label.isdecimal() and int(label) < len(classes):
+        return int(label)
+    known = ", ".join(f"{name} ({number})" for number, name in enumerate(classes))
+    raise ValueError(f"--label is {label}; the model knows {known}.")
+
+
+def _from_noise(model: Any, options: dict[str, Any], args: argparse.Namespace, seconds: float, out: Path) -> float:
+    num, num_samples = args.num or NUM_CLIPS, max(1, round(seconds * model.sample_rate))
+    name = "noise" if args.label is None else re.sub(r"\W", "_", args.label)
+    for first in range(0, num, args.batch_size):
+        indices = range(first, min(first + args.batch_size, num))
+        each = {**options, "label": options["label"].expand(len(indices))} if "label" in options else options
         generators = [_generator(args.seed, index) for index in indices]
-        clips = model.sample(len(generators), num_samples, generator=generators).cpu()
+        clips = model.sample(len(generators), num_samples, generator=generators, **each).cpu()
         for index, clip in zip(indices, clips, strict=True):
-            _write(out, f"noise_{args.seed}_{index:03d}", {"output, from noise": clip}, model.sample_rate)
-    return args.num * num_samples / model.sample_rate
+            _write(out, f"{name}_{args.seed}_{index:03d}", {"output, from noise": clip}, model.sample_rate)
+    return num * num_samples / model.sample_rate
 
 
-@torch.no_grad()
-def _from_recordings(model: Any, args: argparse.Namespace, files: list[Path], how: str, out: Path) -> float:
+def _from_recordings(
+    model: Any, options: dict[str, Any], args: argparse.Namespace, files: list[Path], how: str, out: Path, method: str,
+    what: Any,
+) -> float:  # fmt: skip
     # Every name has an ending, so that no recording beside the one that was given can be in the way.
-    ending = f"variation_{args.variation:g}" if args.variation else "reconstructed"
+    ending = {"vary": "reconstructed", "inpaint": "inpainted", "continue_": "continued"}[method]
+    if method == "vary" and what:
+        ending = f"variation_{what:g}"
+    title = ending.replace("_", " ")
     names = [f"{name}_{ending}" for name in _distinct_names(files, Path(args.source))]
-    for target in (out / f"{name}.wav" for name in names):
-        if target.exists() and any(target.samefile(file) for file in files):
-            raise ValueError(f"{target} is a recording to read and would be overwritten; choose another --out.")
+    _refuse_overwriting([out / f"{name}.wav" for name in names], files)
     print(f"{len(files)} to read, as mono at {model.sample_rate} Hz; the model hears them at {LEVELS[how]}")
     seconds, failures = 0.0, []
     for index, (file, name) in enumerate(zip(files, names, strict=True)):
+        generator = [_generator(args.seed, index)]
         try:
-            audio, _ = read_audio(file, model.sample_rate, mono=model.channels == 1)
-            if audio.shape[0] != model.channels:
-                raise AudioError(f"{file} has {audio.shape[0]} channels; the model wants {model.channels}.")
+            audio, heard = _heard(file, model, how)
+            told = _in_samples(method, what, audio, model.sample_rate, file)
         except AudioError as error:
+            if len(files) == 1:
+                raise
             failures.append(str(error))
             print(f"skipped: {error}", file=sys.stderr)
             continue
-        heard = normalize(audio, how)
-        estimate = model.vary(heard.unsqueeze(0).to(args.device), args.variation, [_generator(args.seed, index)])[0].cpu()
-        if heard.abs().max() > 0:
-            estimate = estimate * (audio.abs().max() / heard.abs().max())  # back at the level of the recording
-        title = "output, reconstructed" if args.variation == 0 else f"output, variation {args.variation:g}"
-        _write(out, name, {"input": audio, title: estimate}, model.sample_rate)
+        given = heard.unsqueeze(0).to(args.device)
+        estimate = getattr(model, method)(given, *told, generator=generator, **options)[0].cpu()
+        if method == "continue_":
+            estimate = torch.cat([heard, estimate], dim=-1)
+        audio, heard = (F.pad(v, (0, estimate.shape[-1] - v.shape[-1])) for v in (audio, heard))
+        # Back at the level of the recording; what the model has left alone is the recording, bit for bit.
+        estimate = torch.where(estimate == heard, audio, estimate * _gain(audio, heard))
+        _write(out, name, {"input": audio, f"output, {title}": estimate}, model.sample_rate)
         seconds += audio.shape[-1] / model.sample_rate
     if len(failures) == len(files):
-        raise AudioError(f"none of the {len(files)} recordings could be read.")
+        raise AudioError(f"none of the {len(files)} recordings could be used.")
     return seconds
+
+
+def _in_samples(method: str, what: Any, audio: Tensor, rate: int, file: Path) -> tuple[Any, ...]:
+    """What a method is told of a recording, in samples.
+
+    Raises:
+        AudioError: the span is not inside of the recording.
+    """
+    if method == "vary":
+        return (what,)
+    if method == "continue_":
+        return (max(1, round(what * rate)),)
+    start, stop = (round(seconds * rate) for seconds in what)
+    if not start < stop <= audio.shape[-1]:
+        length = audio.shape[-1] / rate
+        raise AudioError(f"{file} is {length:.2f} s long, and --inpaint asks for {what[0]:g} to {what[1]:g} s.")
+    return start, stop
+
+
+def _between(model: Any, options: dict[str, Any], args: argparse.Namespace, files: list[Path], how: str, out: Path) -> float:
+    """Writes clips on the way from one recording to another; the longer one is cut."""
+    if len(files) != 2:
+        raise ValueError(f"--interpolate takes two recordings, and {' and '.join(args.interpolate)} are {len(files)}.")
+    num = args.num or NUM_BETWEEN
+    names = [f"interpolation_{index:03d}" for index in range(num)]
+    _refuse_overwriting([out / f"{name}.wav" for name in names], files)
+    audio, heard = zip(*(_heard(file, model, how) for file in files), strict=True)
+    length = min(clip.shape[-1] for clip in heard)
+    first, last = (clip[..., :length].to(args.device) for clip in heard)
+    clips = model.interpolate(first, last, num, **options).cpu()
+    gains = [_gain(*pair) for pair in zip(audio, heard, strict=True)]
+    for index, (name, clip) in enumerate(zip(names, clips, strict=True)):
+        share = index / (num - 1)
+        title = f"output, {share:.0%} of the way from {files[0].name} to {files[1].name}"
+        _write(out, name, {title: clip * ((1 - share) * gains[0] + share * gains[1])}, model.sample_rate)
+    return num * length / model.sample_rate
+
+
+def _heard(file: Path, model: Any, how: str) -> tuple[Tensor, Tensor]:
+    """A recording (channels, T), and as the model hears it.
+
+    Raises:
+        AudioError: it cannot be read, or has another number of channels.
+    """
+    audio, _ = read_audio(file, model.sample_rate, mono=model.channels == 1)
+    if audio.shape[0] != model.channels:
+        raise AudioError(f"{file} has {audio.shape[0]} channels; the model wants {model.channels}.")
+    return audio, normalize(audio, how)
+
+
+def _gain(audio: Tensor, heard: Tensor) -> Tensor:
+    """What brings a clip back from the level at which a model heard it."""
+    return audio.abs().max() / heard.abs().max() if heard.any() else torch.ones(())
+
+
+def _refuse_overwriting(targets: list[Path], files: list[Path]) -> None:
+    """Raises: ValueError, if a file that is to be written is one that is to be read."""
+    for target in targets:
+        if target.exists() and any(target.samefile(file) for file in files):
+            raise ValueError(f"{target} is a recording to read and would be overwritten; choose another --out.")
 
 
 def made_by(folder: Path) -> tuple[list[dict[str, str]], Path | None]:

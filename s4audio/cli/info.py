@@ -57,7 +57,7 @@ def info(arguments: list[str]) -> None:
         print("  (frequencies in cycles a sample, times in samples: this model has no sample rate)")
     from s4audio.report import poles_figure, save_figure
 
-    plot = Path(args.plot or Path(args.model) / "poles.png")
+    plot = Path(args.plot or (Path(args.model) / "poles.png" if Path(args.model).exists() else "poles.png"))
     save_figure(plot, poles_figure({m.name: (m.frequency, m.decay) for m in layers}, in_time))
     print(f"\nplot: {plot}")
 
@@ -76,14 +76,17 @@ def describe(model: nn.Module) -> list[tuple[str, str]]:
     lines = [("parameters", f"{total:,}, of which {states:,} in state spaces")]
     if hasattr(model, "sample_rate"):
         m: Any = model
-        numbers = m.latent_channels * m.sample_rate / m.hop_length
-        lines += [
-            ("audio", f"{m.channels} channel{'s' * (m.channels > 1)} at {m.sample_rate:,} Hz"),
-            ("latent", f"{m.latent_channels} numbers, {m.sample_rate / m.hop_length:,.4g} times a second: {numbers:,.0f} "
-                f"a second in place of {m.channels * m.sample_rate:,} samples"),
-            ("streams", f"yes, a sample waits for {1000 * (m.hop_length - 1) / m.sample_rate:.3g} ms at most"
-                if hasattr(model, "stream") else "no, it hears the future"),
-        ]  # fmt: skip
+        lines.append(("audio", f"{m.channels} channel{'s' * (m.channels > 1)} at {m.sample_rate:,} Hz"))
+        if getattr(m, "classes", ()):
+            lines.append(("classes", ", ".join(m.classes)))
+        if hasattr(m, "encode"):
+            frames = m.sample_rate / m.hop_length  # a second
+            lines += [
+                ("latent", f"{m.latent_channels} numbers, {frames:,.4g} times a second: {m.latent_channels * frames:,.0f} "
+                    f"a second in place of {m.channels * m.sample_rate:,} samples"),
+                ("streams", f"yes, a sample waits for {1000 * (m.hop_length - 1) / m.sample_rate:.3g} ms at most"
+                    if hasattr(model, "stream") else "no, it hears the future"),
+            ]  # fmt: skip
     return lines
 
 
@@ -114,7 +117,7 @@ def _layer_rates(model: Any) -> dict[str, float]:
                 seen[name] = inputs[0].shape[-1] / length * model.sample_rate
 
             hooks.append(layer.register_forward_pre_hook(note))
-    model(torch.zeros(1, model.channels, length))
+    model.training_losses(torch.zeros(1, model.channels, length))  # which runs all of it
     for hook in hooks:
         hook.remove()
     return seen

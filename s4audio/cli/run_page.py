@@ -53,13 +53,18 @@ def read_curves(out: Path) -> dict[str, tuple[list[int], list[float]]]:
 def next_commands(model: torch.nn.Module, path: Path) -> list[tuple[str, str]]:
     """What to do with a model in a folder, and how."""
     commands = [
+        ("Look inside:", f"s4audio info {path}"),
+        ("Train on recordings of your own:",
+            "s4audio train MY_RECORDINGS --minutes 10"),
+    ]  # fmt: skip
+    if not hasattr(model, "encode"):
+        return [("Make sound from noise:", f"s4audio generate {path} --from noise"), *commands]
+    commands = [
         ("Hear a recording with noise in its latent:", f"s4audio generate {path} --from MY_RECORDING.wav --variation 0.1"),
         ("Score what it makes of recordings:",
             f"s4audio generate {path} --from MY_RECORDINGS --out reconstructed\n"
             "s4audio evaluate reconstructed MY_RECORDINGS --paired --report score"),
-        ("Look inside:", f"s4audio info {path}"),
-        ("Train on recordings of your own:",
-            "s4audio train MY_RECORDINGS --minutes 10"),
+        *commands,
     ]  # fmt: skip
     if hasattr(model, "stream"):
         streamed = f"s4audio reconstruct {path} MY_RECORDING.wav out.wav"

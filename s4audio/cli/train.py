@@ -19,7 +19,7 @@ from torch import Tensor
 from s4audio import checkpoint
 from s4audio.audio import write_audio
 from s4audio.cli import fit_audio
-from s4audio.cli.arguments import Parser, load_autoencoder
+from s4audio.cli.arguments import Parser, load_generator
 from s4audio.cli.check import report_folder
 from s4audio.cli.evaluate import evaluate, paired_table, score_table, verdict
 from s4audio.cli.fit import CHECK, holds_a_checkpoint, read_recipe, recipe_file, refuse_foreign, train_run
@@ -85,7 +85,8 @@ def train(arguments: list[str]) -> None:
     print(f"\nmodel:    {out / 'best'} (step {best['steps']}, best on what was held out) and {out / 'last'}")
     print(f"sounds:   {out / 'sounds'}, from noise and of what was held out")
     print(f"page:     {out / PAGE}, to open in a browser: sounds, scores, curves")
-    print(f"next:     s4audio generate {out / 'best'} --from MY_RECORDING.wav --variation 0.1")
+    varies = hasattr(run.model.model, "vary")
+    print(f"next:     s4audio generate {out / 'best'} --from {'MY_RECORDING.wav --variation 0.1' if varies else 'noise'}")
 
 
 def _of_a_new_run(out: Path, args: argparse.Namespace) -> list[str]:
@@ -105,18 +106,26 @@ def _of_a_new_run(out: Path, args: argparse.Namespace) -> list[str]:
     if args.steps:
         options += _length(args.steps, _batches(contents))
     if args.from_model:
-        given = load_autoencoder(args.from_model)  # refuses a wrong one now, before the recordings are read
+        given = load_generator(args.from_model)  # refuses a wrong one now, before the recordings are read
         if type(given).__name__ != trains:
             raise ValueError(
                 f"{args.from_model} is a {type(given).__name__} and the recipe {file.stem} trains a {trains}; choose a "
                 "recipe for it with --recipe."
             )
         config = checkpoint.read_config(args.from_model)
-        model = {"class_path": f"s4audio.models.{config['class']}", "init_args": config["arguments"]}
+        model = _for_a_recipe(config)
         options += ["--model.init_args.model", json.dumps(model), "--from_model", str(Path(args.from_model).absolute())]
         options += _given("--data.init_args.sample_rate", config["arguments"].get("sample_rate"))
         options += _given("--data.init_args.normalize", config["training"].get("normalize"))
     return options
+
+
+def _for_a_recipe(described: dict[str, Any]) -> dict[str, Any]:
+    """A model, and those among its arguments, from config.json's words in a recipe's."""
+    arguments = {
+        key: _for_a_recipe(value) if isinstance(value, dict) else value for key, value in described["arguments"].items()
+    }
+    return {"class_path": f"s4audio.models.{described['class']}", "init_args": arguments}
 
 
 def _of_the_run(out: Path, args: argparse.Namespace) -> list[str]:
@@ -214,21 +223,27 @@ def _planned(options: list[str], seconds: float) -> list[str]:
 def _make_sounds(out: Path, data: Any) -> None:
     """Writes OUT/sounds: held-out recordings, what the model makes of them, and of noise; and the scores of both."""
     model, sounds, rate = str(out / "best"), out / "sounds", data.sample_rate
-    for made in ("held_out", *SCORED):
+    for made in ("held_out", "varied", *SCORED):
         shutil.rmtree(sounds / made, ignore_errors=True)
     print("\nmaking sounds and scoring them", flush=True)
     for number, (name, clip) in enumerate(_held_out(data)):
         readable = "".join(c if c.isascii() and c.isalnum() else "_" for c in Path(name).stem)[:40]
         write_audio(sounds / "held_out" / f"{number:02d}_{readable}.wav", clip, rate)
-    normalize = ["--normalize", data.normalize]
+    net: Any = checkpoint.load(model)
+    of_recordings = [str(sounds / "held_out"), "--normalize", data.normalize, "--out"]
+    seconds = data.clip_seconds if getattr(net, "classes", ()) and data.clip_seconds else NOISE_SECONDS
+    from_noise = ["--num", str(NOISE_CLIPS), "--seconds", str(seconds), "--out", str(sounds / "noise")]
     with contextlib.redirect_stdout(io.StringIO()):  # the names of all files
-        generate([model, "--from", str(sounds / "held_out"), "--out", str(sounds / "reconstructed"), *normalize])
-        generate(
-            [model, "--from", "noise", "--num", str(NOISE_CLIPS), "--seconds", str(NOISE_SECONDS), "--out",
-             str(sounds / "noise")]
-        )  # fmt: skip
+        if hasattr(net, "encode"):
+            generate([model, "--from", *of_recordings, str(sounds / "reconstructed")])
+        elif hasattr(net, "vary"):
+            generate([model, "--from", *of_recordings, str(sounds / "varied"), "--variation", str(fit_audio.VARIATION)])
+        if hasattr(net, "sample"):
+            generate([model, "--from", "noise", *from_noise])
     for folder, (what, file) in SCORED.items():
         (out / file).unlink(missing_ok=True)
+        if not (sounds / folder).exists():
+            continue
         paired = ["--paired"] if folder == "reconstructed" else []
         print(f"\n{what}")
         try:

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class AudioFolder(lightning.LightningDataModule):
     that stops and goes on sees what it would have seen. Where several devices train, each takes its share of every step's
     clips: two with batches of 8 see what one with batches of 16 sees. Validation clips are fixed windows, side by side.
 
+    With labels a batch is a pair, clips (B, 1, T) and the numbers of their classes (B,); the split is the same.
+
     Args:
         train: folder (or one file) to train on.
         sample_rate: in Hz; files at other rates are resampled.
@@ -42,10 +44,13 @@ class AudioFolder(lightning.LightningDataModule):
         seed: of the split and of the clips.
         num_workers: processes that prepare batches; the clips are mapped, so 0 does.
         cache: folder of the cache; None takes S4AUDIO_CACHE, or s4audio in the user's folder of caches.
+        labels: `folder`: the class of a file is the first subfolder that it is in, and `classes` are those of the training
+            files, sorted. None does without.
 
     Raises:
         ValueError: an argument outside its range.
-        AudioError: a folder is missing, or holds no file that can be used; or the cache cannot be written.
+        AudioError: a folder is missing, or holds no file that can be used; or the cache cannot be written; or with labels a
+            file is in no subfolder, or only validation files are of its class.
     """
 
     def __init__(
@@ -60,8 +65,11 @@ class AudioFolder(lightning.LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
         cache: str | None = None,
+        labels: str | None = None,
     ) -> None:
         super().__init__()
+        if labels not in (None, "folder"):
+            raise ValueError(f"labels is {labels!r}; wanted folder, or null for none.")
         if normalize not in NORMALIZATIONS:
             raise ValueError(f"normalize is {normalize!r}; choose one of {', '.join(NORMALIZATIONS)}.")
         if sample_rate < 1 or batch_size < 1 or (clip_seconds is not None and clip_seconds <= 0):
@@ -72,12 +80,15 @@ class AudioFolder(lightning.LightningDataModule):
             raise ValueError(f"valid_fraction is {valid_fraction}; wanted a share between 0 and 1.")
         self.train, self.sample_rate, self.valid, self.valid_fraction = train, sample_rate, valid, valid_fraction
         self.clip_seconds, self.batch_size, self.normalize = clip_seconds, batch_size, normalize
-        self.seed, self.num_workers, self.cache = seed, num_workers, cache
+        self.seed, self.num_workers, self.cache, self.labels = seed, num_workers, cache, labels
         self.clip_samples = None if clip_seconds is None else max(1, round(clip_seconds * sample_rate))
         self.train_clips: list[Tensor] = []
         self.valid_clips: list[Tensor] = []
         self.train_names: list[str] = []
         self.valid_names: list[str] = []
+        self.classes: list[str] = []
+        self.train_labels: list[int] = []
+        self.valid_labels: list[int] = []
         self.skipped: list[str] = []
         self.caches: list[Path] = []  # the folders in the cache that are in use
         self.notes: list[str] = []  # what was wrong with them
@@ -98,6 +109,8 @@ class AudioFolder(lightning.LightningDataModule):
             train, valid = {name: audio[..., :kept]}, {f"the end of {name}": audio[..., kept:]}
         self.train_clips, self.valid_clips = list(train.values()), list(valid.values())
         self.train_names, self.valid_names = list(train), list(valid)
+        if self.labels:
+            self._label()
 
     def describe(self) -> dict[str, object]:
         """What was read, for people and for config.json; seconds are after resampling."""
@@ -112,18 +125,38 @@ class AudioFolder(lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Batches (B, 1, T) without end, from where the trainer stands; where several devices train, this one's share."""
-        clips = _TrainingClips(self.train_clips, self.clip_samples, self.seed)
+        clips = _TrainingClips(self.train_clips, self.clip_samples, self.seed, self.train_labels)
         return self._loader(clips, sampler=Share(lambda: position(self), self.batch_size))
 
     def val_dataloader(self) -> DataLoader:
         """The windows of every validation file, always the same."""
-        return self._loader([clip for audio in self.valid_clips for clip in windows(audio, self.clip_samples)])
+        if not self.labels:
+            return self._loader([clip for audio in self.valid_clips for clip in windows(audio, self.clip_samples)])
+        pairs = zip(self.valid_clips, self.valid_labels, strict=True)
+        return self._loader([(clip, label) for audio, label in pairs for clip in windows(audio, self.clip_samples)])
 
     def _loader(self, clips: Any, sampler: Sampler[int] | None = None) -> DataLoader:
         return DataLoader(
-            clips, self.batch_size, sampler=sampler, collate_fn=pad_batch, num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0, pin_memory=torch.cuda.is_available(),
+            clips, self.batch_size, sampler=sampler, collate_fn=pad_pairs if self.labels else pad_batch,
+            num_workers=self.num_workers, persistent_workers=self.num_workers > 0, pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
+
+    def _label(self) -> None:
+        """Finds the classes, and numbers those of the files.
+
+        Raises:
+            AudioError: a file has no class, or one that no training file has.
+        """
+        train = [class_of(name, self.train) for name in self.train_names]
+        valid = [class_of(name, self.train if self.valid is None else self.valid) for name in self.valid_names]
+        self.classes = sorted(set(train))
+        if unknown := sorted(set(valid) - set(train)):
+            raise AudioError(
+                f"only held-out recordings are of the class {unknown[0]!r}, and none that is trained on; add recordings of "
+                f"it, take valid_fraction smaller, or leave it out. Trained on are {', '.join(self.classes)}."
+            )
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        self.train_labels, self.valid_labels = [numbers[name] for name in train], [numbers[name] for name in valid]
 
     def _read(self, argument: str, folder: str) -> dict[str, Tensor]:
         """Name and samples of each file that can be used; why the others cannot goes to `skipped`."""
@@ -169,6 +202,25 @@ def split_files(files: dict[str, Tensor], valid_fraction: float, seed: int) -> t
     return train, {name: audio for i, (name, audio) in enumerate(files.items()) if i in chosen}
 
 
+def class_of(name: str, folder: str) -> str:
+    """The first subfolder of a folder on the way to one of its files.
+
+    Raises:
+        AudioError: the file is in no subfolder.
+    """
+    file = Path(name.removeprefix("the end of "))
+    parts = file.relative_to(folder).parts if file != Path(folder) else ()
+    if len(parts) < 2:
+        raise AudioError(f"{file} is in no subfolder of {folder}, whose name would be its class; move it into one.")
+    return parts[0]
+
+
+def pad_pairs(pairs: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    """Clips as `pad_batch`, and their labels (B,)."""
+    clips, labels = zip(*pairs, strict=True)
+    return pad_batch(list(clips)), torch.tensor(labels)
+
+
 def pad_batch(clips: list[Tensor]) -> Tensor:
     """(B, 1, T) from clips (1, ...), with T the longest one's length; zeros at the end of the others."""
     longest = max(clip.shape[-1] for clip in clips)
@@ -178,24 +230,24 @@ def pad_batch(clips: list[Tensor]) -> Tensor:
 class _TrainingClips(Dataset):
     """Clip k of a stream without end: every file once in each pass, in an order and at a place drawn from (seed, pass).
 
-    The files are tensors (1, T) by number.
+    The files are tensors (1, T) by number; with labels, one for each file, a clip is a pair.
     """
 
-    def __init__(self, files: Any, clip_samples: int | None, seed: int) -> None:
-        self.files, self.clip_samples, self.seed = files, clip_samples, seed
+    def __init__(self, files: Any, clip_samples: int | None, seed: int, labels: Sequence[int] = ()) -> None:
+        self.files, self.clip_samples, self.seed, self.labels = files, clip_samples, seed, labels
         self.drawn: tuple[int, np.ndarray, np.ndarray] | None = None  # the last pass, which takes a while with many files
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: int) -> Tensor | tuple[Tensor, int]:
         passes, number = divmod(index, len(self.files))
         if self.drawn is None or self.drawn[0] != passes:
             generator = np.random.default_rng([self.seed, 1, passes])
             self.drawn = passes, generator.permutation(len(self.files)), generator.random(len(self.files))
         _, order, places = self.drawn
         audio = self.files[order[number]]
-        if self.clip_samples is None:
-            return audio
-        room = max(0, audio.shape[-1] - self.clip_samples)
-        return cut(audio, math.floor(places[number] * (room + 1)), self.clip_samples)
+        if self.clip_samples is not None:
+            room = max(0, audio.shape[-1] - self.clip_samples)
+            audio = cut(audio, math.floor(places[number] * (room + 1)), self.clip_samples)
+        return (audio, self.labels[order[number]]) if self.labels else audio
 
 
 class Share(Sampler[int]):

@@ -175,10 +175,39 @@ class GatedBlock(Residual):
 
     def forward(self, u: Tensor) -> Tensor:
         """(B, C, L) -> (B, C, L)"""
-        if not (ops.fuses(u) and fused.takes(u)):
-            return super().forward(u)
-        norm, ssm, _, linear, _ = self.inner
-        return _fused_gated(ssm(norm(u)), u, linear, 0.0, None)
+        norm, ssm, *_ = self.inner
+        return self.mix(ssm(norm(u)), u)
+
+    def mix(self, y: Tensor, u: Tensor) -> Tensor:
+        """u + GLU(Linear(GELU(y))), with y what the S4D makes of u; both (B, C, L)."""
+        _, _, gelu, linear, glu = self.inner
+        if ops.fuses(u) and fused.takes(u):
+            return _fused_gated(y, u, linear, 0.0, None)
+        return u + glu(linear(gelu(y)))
+
+
+class ModulatedBlock(nn.Module):
+    """GatedBlock whose norm is scaled and shifted, channel by channel, by what an embedding says; at first not at all.
+
+    Args:
+        ssm: the state-space layer.
+        d_embedding: size of the embedding.
+
+    Source: Perez et al. 2018, "FiLM"; Peebles and Xie 2023, "Scalable diffusion models with transformers" (adaptive norm).
+    """
+
+    def __init__(self, ssm: S4D, d_embedding: int) -> None:
+        super().__init__()
+        self.block = GatedBlock(ssm)
+        self.modulation = nn.Linear(d_embedding, 2 * ssm.d_model)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, u: Tensor, embedding: Tensor) -> Tensor:
+        """(B, C, L) and (B, d_embedding) -> (B, C, L)"""
+        norm, ssm, *_ = self.block.inner
+        scale, shift = self.modulation(embedding).unsqueeze(-1).chunk(2, dim=1)
+        return self.block.mix(ssm(norm(u) * (1 + scale) + shift), u)
 
 
 class PooledState(NamedTuple):

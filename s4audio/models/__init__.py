@@ -4,6 +4,7 @@ from s4audio.models.autoencoder import (
     CausalAutoencoder,
     S4DAutoencoder,
     StreamState,
+    WaveformAutoencoder,
     advance_stream,
     begin_stream,
     finish_stream,
@@ -12,6 +13,8 @@ from s4audio.models.autoencoder import (
 )
 from s4audio.models.classifier import Classifier, PatchS4Model, S4Model
 from s4audio.models.sashimi import Generated, SaShiMi, SaShiMiState
+from s4audio.models.flow import Flow
+from s4audio.models.samplers import euler, heun
 from s4audio.models.vae import ConvVAE
 from s4audio.models.wavenet import WaveNet
 
@@ -20,6 +23,7 @@ __all__ = [
     "Classifier",
     "ConvVAE",
     "Generated",
+    "Flow",
     "PatchS4Model",
     "S4DAutoencoder",
     "S4Model",
@@ -27,9 +31,12 @@ __all__ = [
     "SaShiMiState",
     "StreamState",
     "WaveNet",
+    "WaveformAutoencoder",
     "advance_stream",
     "begin_stream",
+    "euler",
     "finish_stream",
+    "heun",
     "stream_blocks",
     "stream_latency",
 ]

@@ -46,6 +46,7 @@ class WaveformAutoencoder(nn.Module, ABC):
     sample_rate: int
     channels: int
     hop_length: int
+    latent_channels: int
     losses: Sequence[str]
 
     @abstractmethod
@@ -230,11 +231,7 @@ class CausalAutoencoder(WaveformAutoencoder):
         check_losses(losses)
         check_sample_rate(sample_rate)
         check_stages(widths, strides)
-        depths = [num_blocks] * len(widths) if isinstance(num_blocks, int) else list(num_blocks)
-        if len(depths) != len(widths):
-            raise ValueError(f"num_blocks has {len(depths)} entries and widths {len(widths)}; wanted one for each width.")
-        if min(depths) < 0 or max(depths) == 0:
-            raise ValueError(f"num_blocks is {num_blocks}; wanted none below 0, and a block somewhere.")
+        depths = blocks_of_stages(num_blocks, widths)
         if min(*widths, *strides, latent_channels, channels) < 1:
             raise ValueError(
                 f"widths {list(widths)}, strides {list(strides)}, latent_channels {latent_channels} and channels {channels} "
@@ -423,3 +420,17 @@ def check_stages(widths: Sequence[int], strides: Sequence[int]) -> None:
     """Raises: ValueError, if there is not one width more than strides."""
     if len(widths) != len(strides) + 1:
         raise ValueError(f"widths has {len(widths)} entries and strides {len(strides)}; wanted one width more than strides.")
+
+
+def blocks_of_stages(num_blocks: int | Sequence[int], widths: Sequence[int]) -> list[int]:
+    """How many blocks each stage has, from one number for all or one for each.
+
+    Raises:
+        ValueError: there is not one for each width, one is negative, or all are 0.
+    """
+    depths = [num_blocks] * len(widths) if isinstance(num_blocks, int) else list(num_blocks)
+    if len(depths) != len(widths):
+        raise ValueError(f"num_blocks has {len(depths)} entries and widths {len(widths)}; wanted one for each width.")
+    if min(depths) < 0 or max(depths) == 0:
+        raise ValueError(f"num_blocks is {num_blocks}; wanted none below 0, and a block somewhere.")
+    return depths

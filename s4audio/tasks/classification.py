@@ -1,6 +1,5 @@
 """The task that trains every classifier: cross entropy, and accuracy on held-out sequences."""
 
-import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,12 +16,10 @@ class ClassificationTask(TrainingTask):
     Args:
         model: sequences (B, channels, L) -> logits (B, num_classes).
         label_smoothing: share of the target that is spread over all classes.
-        ema_decay: score and save an exponential moving average of the weights, which keeps this share of itself at each
-            step; None does without.
-        lr: as all of what follows, of TrainingTask.
+        ema_decay: as all of what follows, of TrainingTask.
 
     Raises:
-        ValueError: as TrainingTask; label_smoothing or ema_decay is not in [0, 1).
+        ValueError: as TrainingTask; label_smoothing is not in [0, 1).
     """
 
     best_score = "valid/accuracy"
@@ -45,25 +42,19 @@ class ClassificationTask(TrainingTask):
         on_nan: str = "stop",
     ) -> None:
         super().__init__(
-            model, lr, ssm_lr, weight_decay, betas, schedule, warmup_steps, decay_steps, cuda_graph, compile, on_nan
-        )
+            model, lr, ssm_lr, weight_decay, betas, schedule, warmup_steps, decay_steps, cuda_graph, compile, on_nan,
+            ema_decay,
+        )  # fmt: skip
         if not hasattr(model, "num_classes"):
             raise ValueError(
                 f"the model is a {type(model).__name__}, which is no classifier; choose S4Model or PatchS4Model."
             )
-        for name, share in (("label_smoothing", label_smoothing), ("ema_decay", ema_decay or 0.0)):
-            if not 0 <= share < 1:
-                raise ValueError(f"{name} is {share}; wanted at least 0 and below 1.")
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing is {label_smoothing}; wanted at least 0 and below 1.")
         self.label_smoothing = label_smoothing
-        self.ema_decay = ema_decay
-        self.average = copy.deepcopy(model).requires_grad_(False) if ema_decay else None
         classes = self.model.num_classes
         self.confusion: Tensor
         self.register_buffer("confusion", torch.zeros(classes, classes), persistent=False)
-
-    @property
-    def scored_model(self) -> Any:
-        return self.average or self.model
 
     def losses(self, *batch: Tensor) -> dict[str, Tensor]:
         """Cross entropy, and how many of the batch were right before the step."""
@@ -83,17 +74,6 @@ class ClassificationTask(TrainingTask):
         if every and (self.global_step + 1) % every == 0:  # when the logger writes: it costs time
             self.log_dict({"train/loss": loss.detach(), "train/accuracy": found["accuracy"]})
         return loss
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """A step, and the average of the weights after it; before any callback saves them."""
-        skipped = self.skipped
-        super().optimizer_step(*args, **kwargs)
-        # Not torch's AveragedModel, which waits for the GPU at every step.
-        if self.average and self.ema_decay and self.skipped == skipped:
-            share = max(1 - self.ema_decay, 9 / (10 + self.global_step))  # the first weights are soon forgotten
-            torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), share)
-            for ours, theirs in zip(self.average.buffers(), self.model.buffers(), strict=True):
-                ours.copy_(theirs)
 
     def on_validation_epoch_start(self) -> None:
         self.confusion.zero_()

@@ -1,6 +1,7 @@
 """What every training has in common: AdamW with a group for the dynamics, a schedule, CUDA graphs, batches that do not fit
 into memory, and finite numbers."""
 
+import copy
 import math
 from abc import abstractmethod
 from typing import Any, NamedTuple
@@ -58,6 +59,8 @@ class TrainingTask(lightning.LightningModule):
             to look at once would be to wait. `skip` looks at once, and leaves the update out: weights, buffers, AdamW's
             moments and the average of the weights stay as they were; the step counts, and the schedule and the data move on.
             More than ten such steps in a row stop the training too.
+        ema_decay: score and save an exponential moving average of the weights, which keeps this share of itself at each
+            step; None does without.
 
     A batch for which a GPU has no memory is divided into halves, quarters and so on, from then on and without a CUDA graph:
     their gradients add up to that of the mean over the batch. That is the same step for losses that are means over the
@@ -65,7 +68,8 @@ class TrainingTask(lightning.LightningModule):
     for each part, and what a model counts of its batches, it counts of the parts.
 
     Raises:
-        ValueError: ssm_lr is not in (0, 1e-3], a schedule that does not exist or does not take these steps, or on_nan.
+        ValueError: ssm_lr is not in (0, 1e-3], ema_decay not in [0, 1), a schedule that does not exist or does not take
+            these steps, or on_nan.
     """
 
     best_score = "valid/loss"  # which says what model is the best
@@ -84,8 +88,11 @@ class TrainingTask(lightning.LightningModule):
         cuda_graph: bool,
         compile: bool,
         on_nan: str,
+        ema_decay: float | None = None,
     ) -> None:
         super().__init__()
+        if not 0 <= (ema_decay or 0.0) < 1:
+            raise ValueError(f"ema_decay is {ema_decay}; wanted at least 0 and below 1.")
         if on_nan not in ("stop", "skip"):
             raise ValueError(f"on_nan is {on_nan!r}; choose stop or skip.")
         # Refuses wrong rates now, not after the data is read.
@@ -94,6 +101,8 @@ class TrainingTask(lightning.LightningModule):
             raise ValueError(f"schedule is {schedule!r}; choose one of {', '.join(SCHEDULES)}.")
         self.rates = SCHEDULES[schedule](warmup_steps, decay_steps)
         self.model: Any = model
+        self.ema_decay = ema_decay
+        self.average: Any = copy.deepcopy(model).requires_grad_(False) if ema_decay else None
         self.lr, self.ssm_lr, self.weight_decay, self.betas = lr, ssm_lr, weight_decay, betas
         self.cuda_graph, self.compile_losses = cuda_graph, compile
         self.graph: LossGraph | None = None
@@ -114,8 +123,8 @@ class TrainingTask(lightning.LightningModule):
 
     @property
     def scored_model(self) -> Any:
-        """The model that is scored and saved."""
-        return self.model
+        """The model that is scored and saved: the average of the weights, if there is one."""
+        return self.average or self.model
 
     def configure_optimizers(self) -> Any:
         """AdamW over two parameter groups, and the schedule."""
@@ -125,6 +134,18 @@ class TrainingTask(lightning.LightningModule):
         optimizer = torch.optim.AdamW(groups, betas=self.betas, fused=fused or None)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rates)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """A step, and the average of the weights after it; before any callback saves them."""
+        skipped = self.skipped
+        super().optimizer_step(*args, **kwargs)
+        # Not torch's AveragedModel, which waits for the GPU at every step.
+        if self.average and self.ema_decay and self.skipped == skipped:
+            share = max(1 - self.ema_decay, 9 / (10 + self.global_step))  # the first weights are soon forgotten
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), share)
+                for ours, theirs in zip(self.average.buffers(), self.model.buffers(), strict=True):
+                    ours.copy_(theirs)
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

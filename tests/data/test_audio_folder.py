@@ -168,9 +168,54 @@ def test_peak_normalization_is_by_file(folder):
     assert all((batch.amax((1, 2)) == 1).all() for batch in batches(data, 3))
 
 
+@pytest.fixture
+def labelled(tmp_path):
+    """Six files at 1 kHz in the folders b and a/…, each holding its number / 10."""
+    for number, place in enumerate(("b", "a", "a/deep", "b", "a", "b"), start=1):
+        (tmp_path / place).mkdir(parents=True, exist_ok=True)
+        soundfile.write(tmp_path / place / f"{number}.wav", np.full(1000, number / 10), 1000, subtype="FLOAT")
+    return tmp_path
+
+
+CLASS = {1: 1, 2: 0, 3: 0, 4: 1, 5: 0, 6: 1}  # of the files, as a is number 0
+
+
+def numbers(clips: torch.Tensor) -> list[int]:
+    return [round(10 * float(clip[0, 0])) for clip in clips]
+
+
+def test_the_first_subfolder_is_the_class(labelled):
+    plain, data = (AudioFolder(str(labelled), 1000, clip_seconds=0.5, batch_size=2, labels=how) for how in (None, "folder"))
+    for clips, (pairs, labels) in zip(batches(plain, 9), batches(data, 9), strict=True):
+        assert torch.equal(clips, pairs) and labels.tolist() == [CLASS[number] for number in numbers(pairs)]
+    assert data.classes == ["a", "b"] and data.valid_names == plain.valid_names
+    assert data.caches == plain.caches and data.describe() == plain.describe()
+    ((clips, labels),) = list(data.val_dataloader())
+    assert labels.dtype == torch.int64 and labels.tolist() == [CLASS[number] for number in numbers(clips)]
+    assert torch.equal(clips, next(iter(plain.val_dataloader())))
+    held = AudioFolder(str(labelled), 1000, valid=str(labelled), clip_seconds=0.3, batch_size=99, labels="folder")
+    held.setup()
+    ((clips, labels),) = list(held.val_dataloader())  # three windows of each file
+    assert len(clips) == 18 and labels.tolist() == [CLASS[number] for number in numbers(clips)]
+
+
+def test_files_without_a_class_and_classes_without_training_are_refused(labelled, tmp_path_factory):
+    others = tmp_path_factory.mktemp("others")
+    (others / "c").mkdir()
+    (labelled / "a" / "2.wav").rename(others / "c" / "2.wav")
+    with pytest.raises(AudioError, match=r"only held-out recordings are of the class 'c'.* Trained on are a, b"):
+        AudioFolder(str(labelled), 1000, valid=str(others), labels="folder").setup()
+    (labelled / "b" / "1.wav").rename(labelled / "1.wav")
+    with pytest.raises(AudioError, match=r"1.wav is in no subfolder of .*, whose name would be its class"):
+        AudioFolder(str(labelled), 1000, labels="folder").setup()
+    with pytest.raises(AudioError, match="is in no subfolder"):
+        AudioFolder(str(labelled / "1.wav"), 1000, labels="folder").setup()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"labels": "file"}, "labels is 'file'; wanted folder"),
         ({"normalize": "loud"}, "normalize is 'loud'"),
         ({"sample_rate": 0}, "all must be positive"),
         ({"clip_seconds": -1.0}, "all must be positive"),

@@ -4,7 +4,7 @@ import lightning
 import pytest
 import torch
 
-from s4audio import ConvVAE
+from s4audio import ConvVAE, Flow
 from s4audio.tasks import GenerativeTask
 
 
@@ -39,3 +39,35 @@ def test_gradients_are_clipped_by_their_norm_or_their_values(algorithm, size, mo
         assert size(gradient).item() == pytest.approx(0.5, rel=1e-4)
     else:
         assert (gradient == 3).all()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_average_of_the_weights_is_scored_and_labels_reach_the_model(monkeypatch):
+    """Validation gives the losses of the average, with its own weights, not of what is trained."""
+    averaged = GenerativeTask(
+        Flow(1000, strides=(2,), widths=(4, 4), num_blocks=1, d_state=4, classes=("a", "b")), lr=0.1, ema_decay=0.9
+    )
+    seen = []
+    losses = averaged.average.training_losses
+    monkeypatch.setattr(averaged.average, "training_losses", lambda *batch: seen.append(batch) or losses(*batch))
+    batches = torch.utils.data.DataLoader([(torch.randn(1, 32), k % 2) for k in range(12)], 4)
+    trainer = lightning.Trainer(
+        max_steps=3, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0,
+    )  # fmt: skip
+    trainer.fit(averaged, batches, batches)
+    assert averaged.scored_model is averaged.average and averaged.model.num_batches == averaged.average.num_batches == 3
+    assert all(parameter.is_leaf for parameter in averaged.average.parameters())  # no graph grows from step to step
+    assert len(seen) == 3 and all(torch.equal(label, torch.tensor([0, 1, 0, 1])) for _, label in seen)
+    averaged.eval()
+    with torch.no_grad():
+        wanted = torch.stack([losses(audio, label)["flow"] for audio, label in seen]).mean()
+        trained = torch.stack([averaged.model.training_losses(*batch)["flow"] for batch in seen]).mean()
+    assert trainer.callback_metrics["valid/loss"] == pytest.approx(wanted) and wanted != trained
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0])
+def test_an_average_that_forgets_nothing_or_more_is_refused(decay):
+    with pytest.raises(ValueError, match=f"ema_decay is {decay}; wanted at least 0 and below 1"):
+        task(ema_decay=decay)

@@ -1,0 +1,413 @@
+"""Flow matching: sound from noise along nearly straight lines, and from other sound by going a part of the way.
+
+x_t = (1 - t) noise + t data, and a network learns the velocity data - noise of every point in between; following it from
+noise at t = 0 to t = 1 makes a clip. Data are the samples themselves, or the latents of a trained autoencoder.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from s4audio.layers import S4D, ModulatedBlock
+from s4audio.models.autoencoder import (
+    Generators,
+    WaveformAutoencoder,
+    blocks_of_stages,
+    check_sample_rate,
+    check_stages,
+    noise,
+)
+from s4audio.models.samplers import Solver, Velocity, flow_times, heun
+
+D_EMBEDDING = 128  # of the time and the label
+NUM_STEPS, GUIDANCE = 12, 2.0  # of sampling, unless told otherwise
+PASSES = (0.0, 0.5, 0.7)  # times from which a span is made, and made again; the last time the rest may move with it
+FADE_SECONDS = 0.02  # in a span, from its borders
+SMALLEST_DEVIATION = 1e-4  # of a channel of the data: what never changes is not blown up
+
+
+class Flow(nn.Module):
+    """Rectified flow by a U-Net of bidirectional S4D blocks, on raw audio or on the latents of an autoencoder.
+
+    Args:
+        sample_rate: of the audio it is trained on, in Hz.
+        autoencoder: makes the latents and decodes them; it is kept as it is. None works on the samples themselves.
+        classes: names of the labels, in the order of their numbers; empty for a model without labels.
+        strides: downsampling factors of the U-Net, 2 or more, outermost first.
+        widths: channels of each stage, outermost first; one more than strides.
+        num_blocks: S4D blocks of each stage, outermost first, on the way down and again on the way up; one number for all.
+        d_state: real state size of each channel.
+        label_dropout: share of the clips whose label is withheld in training, for guidance.
+        channels: of the audio.
+        dt_min: smallest step size at initialization, in steps of the layer's own rate.
+        dt_max: largest step size at initialization.
+
+    Raises:
+        ValueError: arguments that do not fit each other or lie outside their range, or what S4D refuses.
+
+    Source: Liu et al. 2023, "Flow straight and fast: learning to generate and transfer data with rectified flow"; guidance
+    from Ho and Salimans 2022, "Classifier-free diffusion guidance".
+    """
+
+    def __init__(
+        self,
+        sample_rate: int,
+        *,
+        autoencoder: WaveformAutoencoder | None = None,
+        classes: Sequence[str] = (),
+        strides: Sequence[int] = (4, 4),
+        widths: Sequence[int] = (32, 96, 192),
+        num_blocks: int | Sequence[int] = 2,
+        d_state: int = 32,
+        label_dropout: float = 0.1,
+        channels: int = 1,
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+    ) -> None:
+        super().__init__()
+        check_sample_rate(sample_rate)
+        check_stages(widths, strides)
+        depths = blocks_of_stages(num_blocks, widths)
+        if min(strides, default=2) < 2 or min(*widths, channels) < 1:
+            raise ValueError(
+                f"strides {list(strides)} must be at least 2, widths {list(widths)} and channels {channels} at least 1."
+            )
+        if not 0 <= label_dropout < 1:
+            raise ValueError(f"label_dropout is {label_dropout}; wanted at least 0 and below 1.")
+        if isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
+            raise ValueError(f"classes is {classes!r}; wanted a list of names.")
+        if len(set(classes)) < len(classes):
+            raise ValueError(f"classes is {list(classes)}; wanted each name once.")
+        _check_autoencoder(autoencoder, sample_rate, channels)
+        self.sample_rate, self.classes, self.channels = sample_rate, tuple(classes), channels
+        self.label_dropout = label_dropout
+        self.strides, self.widths, self.d_state = tuple(strides), tuple(widths), d_state
+        self.num_blocks = num_blocks if isinstance(num_blocks, int) else tuple(num_blocks)
+        self.dt_min, self.dt_max = dt_min, dt_max
+        self.autoencoder = None if autoencoder is None else autoencoder.requires_grad_(False)
+        self.frame = 1 if autoencoder is None else autoencoder.hop_length  # samples of a point of the data
+        self.hop_length = self.frame * math.prod(strides)  # and of the innermost stage
+        dims: int = channels if autoencoder is None else autoencoder.latent_channels
+
+        def stage(index: int) -> nn.ModuleList:
+            layer = partial(S4D, widths[index], d_state, dt_min=dt_min, dt_max=dt_max, bidirectional=True)
+            return nn.ModuleList(ModulatedBlock(layer(), D_EMBEDDING) for _ in range(depths[index]))
+
+        self.embed_time = nn.Sequential(nn.Linear(D_EMBEDDING, D_EMBEDDING), nn.GELU(), nn.Linear(D_EMBEDDING, D_EMBEDDING))
+        self.embed_label = nn.Embedding(len(classes) + 1, D_EMBEDDING)  # the last is no label
+        self.enter = nn.Conv1d(dims, widths[0], 7, padding=3)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        self.blocks_down, self.blocks_up = nn.ModuleList(), nn.ModuleList()
+        for index, (width, wider, stride) in enumerate(zip(widths, widths[1:], strides, strict=False)):
+            padding = -(-stride // 2)
+            self.blocks_down.append(stage(index))
+            self.down.append(nn.Conv1d(width, wider, 2 * stride, stride, padding=padding))
+            self.up.append(nn.ConvTranspose1d(wider, width, 2 * stride, stride, padding=padding, output_padding=stride % 2))
+            self.blocks_up.append(stage(index))
+        self.blocks_inside = stage(len(strides))
+        # No norm before it: the velocity holds the noise itself, which the shortcuts carry through.
+        self.leave = nn.Conv1d(widths[0], dims, 7, padding=3)
+        self.data_mean: Tensor
+        self.data_square: Tensor
+        self.num_batches: Tensor
+        self.register_buffer("data_mean", torch.zeros(dims, 1))
+        self.register_buffer("data_square", torch.ones(dims, 1))
+        self.register_buffer("num_batches", torch.zeros(()))
+
+    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
+        """Points (B, D, L) at times (B,), with the numbers of their classes (B,) -> velocities (B, D, L)."""
+        if label is not None and not self.classes:
+            raise ValueError("there are labels, but the model has no classes; name them when it is built.")
+        if label is None:
+            label = torch.full(time.shape, len(self.classes), device=time.device)
+        embedding = F.gelu(self.embed_time(_waves(time)) + self.embed_label(label))  # (B, E)
+        length = x.shape[-1]
+        u = self.enter(F.pad(x, (0, -length % math.prod(self.strides))))
+        kept = []
+        for blocks, down in zip(self.blocks_down, self.down, strict=True):
+            u = _through(blocks, u, embedding)
+            kept.append(u)
+            u = down(u)
+        u = _through(self.blocks_inside, u, embedding)
+        for up, blocks in zip(reversed(self.up), reversed(self.blocks_up), strict=True):
+            u = _through(blocks, up(u) + kept.pop(), embedding)
+        return self.leave(u)[..., :length]
+
+    def training_losses(self, audio: Tensor, label: Tensor | None = None) -> dict[str, Tensor]:
+        """`flow`, the mean squared error of the velocity at a random time; also follows the size of the data.
+
+        Validation takes the same noise and times for every batch, so that it shows the model and not the draw.
+        """
+        data = self._data(audio).float()
+        if self.training:
+            self._follow(data)
+            time, drawn = torch.rand(len(data), device=data.device), torch.randn_like(data)
+            if label is not None:
+                withheld = torch.rand(label.shape, device=label.device) < self.label_dropout
+                label = torch.where(withheld, len(self.classes), label)
+        else:
+            time = (torch.arange(len(data), device=data.device) + 0.5) / len(data)
+            drawn = noise(data.shape, torch.Generator().manual_seed(0)).to(data)
+        data = self._normalized(data)
+        x = torch.lerp(drawn, data, time.view(-1, 1, 1))
+        return {"flow": F.mse_loss(self(x, time, label).float(), data - drawn)}
+
+    @torch.no_grad()
+    def sample(
+        self,
+        batch_size: int,
+        num_samples: int,
+        *,
+        label: Tensor | None = None,
+        generator: Generators = None,
+        num_steps: int = NUM_STEPS,
+        guidance: float = GUIDANCE,
+        solver: Solver = heun,
+    ) -> Tensor:
+        """(B, channels, num_samples) from noise; a clip that would go beyond full scale is made quieter as a whole.
+
+        Args:
+            batch_size: B.
+            num_samples: of each clip.
+            label: (B,) numbers of classes; None leaves it to the noise.
+            generator: one, or one per clip.
+            num_steps: of the solver; 4 are quick, 50 exact.
+            guidance: 1 follows what was learned of the label, more than 1 exaggerates it, 0 forgets it.
+            solver: one of samplers.
+
+        Raises:
+            ValueError: a label that does not exist, or an argument outside its range.
+        """
+        shape = (batch_size, len(self.data_mean), -(-num_samples // self.frame))
+        x = noise(shape, generator).to(self.data_mean)
+        audio = self._audio(solver(self._velocity(label, guidance), x, flow_times(num_steps)), num_samples)
+        return audio / audio.abs().amax((1, 2), keepdim=True).clamp_min(1)
+
+    @torch.no_grad()
+    def vary(
+        self,
+        audio: Tensor,
+        strength: float,
+        generator: Generators = None,
+        *,
+        label: Tensor | None = None,
+        num_steps: int = NUM_STEPS,
+        guidance: float = GUIDANCE,
+    ) -> Tensor:
+        """The clips again, mixed with noise up to time 1 - strength and brought back.
+
+        Args:
+            audio: (B, channels, T).
+            strength: 0 gives the clips back (through the autoencoder, if there is one), 1 makes others.
+            generator: one, or one per clip.
+            label: as all of what follows, of `sample`; another label than the clip's own changes what it says.
+
+        Raises:
+            ValueError: strength is outside [0, 1], or as `sample`.
+        """
+        if not 0 <= strength <= 1:
+            raise ValueError(f"the variation is {strength}; wanted 0 (the clip itself) to 1 (another clip).")
+        velocity, times = self._velocity(label, guidance), flow_times(num_steps, 1 - strength)
+        data = self._data(audio)
+        if strength == 0:
+            return audio if self.autoencoder is None else self.autoencoder.decode(data, audio.shape[-1])
+        x = torch.lerp(noise(data.shape, generator).to(data), self._normalized(data), 1 - strength)
+        return self._audio(heun(velocity, x, times), audio.shape[-1])
+
+    @torch.no_grad()
+    def inpaint(
+        self,
+        audio: Tensor,
+        start: int,
+        stop: int,
+        generator: Generators = None,
+        *,
+        label: Tensor | None = None,
+        num_steps: int = NUM_STEPS,
+        guidance: float = GUIDANCE,
+    ) -> Tensor:
+        """The clips with the samples from `start` to `stop` made anew, to fit what is around them.
+
+        The rest is the given audio bit for bit, and what stood in the span has no say. The span is made with the rest as it
+        is, again from half way, and a third time with the rest free to move, which takes the seams away; then the rest is
+        put back, and over 20 ms from its borders the span is moved to where the audio is.
+
+        Args:
+            audio: (B, channels, T).
+            start: first sample of the span.
+            stop: the sample after its last.
+            generator: one, or one per clip.
+            label: as all of what follows, of `sample`.
+
+        Raises:
+            ValueError: the span is empty or not inside of the clips, or as `sample`.
+
+        Source: Lugmayr et al. 2022, "RePaint: inpainting using denoising diffusion probabilistic models", for the rest as it
+        is known at each time and for going back; the last pass is ours.
+        """
+        length = audio.shape[-1]
+        if not 0 <= start < stop <= length:
+            raise ValueError(f"the span is {start} to {stop}; wanted one inside of the {length} samples of the clip.")
+        places = torch.arange(length, device=audio.device)
+        outside = (places < start) | (places >= stop)
+        data = self._normalized(self._data(audio * outside))
+        places = torch.arange(data.shape[-1], device=data.device)
+        free = (places >= start // self.frame) & (places < -(-stop // self.frame))
+        made, x = self._velocity(label, guidance), data
+        for time in PASSES:
+            drawn = noise(data.shape, generator).to(data)
+            velocity = made if time == PASSES[-1] else _with_known(made, free, data - drawn)
+            times = flow_times(math.ceil(num_steps * (1 - time)), time)
+            x = heun(velocity, torch.lerp(drawn, torch.where(free, x, data), time), times)
+        fade = round(FADE_SECONDS * self.sample_rate)
+        return torch.where(outside, audio, _joined(audio, self._audio(x, length), start, stop, fade))
+
+    def continue_(
+        self,
+        audio: Tensor,
+        num_samples: int,
+        *,
+        generator: Generators = None,
+        label: Tensor | None = None,
+        num_steps: int = NUM_STEPS,
+        guidance: float = GUIDANCE,
+    ) -> Tensor:
+        """(B, channels, num_samples) that follow on (B, channels, T), as `inpaint` makes them."""
+        length, longer = audio.shape[-1], F.pad(audio, (0, num_samples))
+        made = self.inpaint(
+            longer, length, length + num_samples, generator, label=label, num_steps=num_steps, guidance=guidance
+        )
+        return made[..., length:]
+
+    @torch.no_grad()
+    def interpolate(
+        self,
+        first: Tensor,
+        last: Tensor,
+        num: int,
+        *,
+        label: Tensor | None = None,
+        num_steps: int = NUM_STEPS,
+    ) -> Tensor:
+        """(num, channels, T) clips on the way from one to another: their noises, found by going back, and those in between.
+
+        The ends are the two clips, as far as the flow there and back is exact.
+
+        Args:
+            first: (channels, T).
+            last: of the same shape.
+            num: how many clips, with both ends.
+            label: the number of a class, (1,), of all of them.
+            num_steps: as of `sample`, there and back; followed as learned, without guidance.
+
+        Raises:
+            ValueError: the clips differ in shape, num is below 2, or as `sample`.
+        """
+        if first.shape != last.shape:
+            raise ValueError(f"the clips are {tuple(first.shape)} and {tuple(last.shape)}; wanted two of one shape.")
+        if num < 2:
+            raise ValueError(f"num is {num}; wanted at least 2, the two ends.")
+        ends = self._normalized(self._data(torch.stack([first, last])))
+        label = None if label is None else label.expand(num)
+        times = flow_times(num_steps)
+        a, b = heun(self._velocity(None if label is None else label[:2], 1.0), ends, times[::-1])
+        x = torch.stack([_slerp(a, b, index / (num - 1)) for index in range(num)])
+        return self._audio(heun(self._velocity(label, 1.0), x, times), first.shape[-1])
+
+    def _velocity(self, label: Tensor | None, guidance: float) -> Velocity:
+        """What a solver follows, with classifier-free guidance where there are labels."""
+        if label is None:
+            return lambda x, t: self(x, x.new_full((len(x),), t))
+        if not 0 <= int(label.min()) <= int(label.max()) < len(self.classes):
+            raise ValueError(f"label is {label.tolist()}; wanted numbers below {len(self.classes)}, of the model's classes.")
+        if not 0 <= guidance < math.inf:
+            raise ValueError(f"guidance is {guidance}; wanted at least 0, usually 1 to 4.")
+        both = torch.cat([label, torch.full_like(label, len(self.classes))])
+
+        def velocity(x: Tensor, t: float) -> Tensor:
+            if guidance == 1:
+                return self(x, x.new_full((len(x),), t), label)
+            guided, free = self(x.repeat(2, 1, 1), x.new_full((2 * len(x),), t), both).chunk(2)
+            return torch.lerp(free, guided, guidance)
+
+        return velocity
+
+    @torch.no_grad()
+    def _data(self, audio: Tensor) -> Tensor:
+        """What the flow ends at, (B, D, L), before it is normalized."""
+        return audio if self.autoencoder is None else self.autoencoder.encode(audio)
+
+    def _deviation(self) -> Tensor:
+        return (self.data_square - self.data_mean.square()).clamp_min(SMALLEST_DEVIATION**2).sqrt()
+
+    def _normalized(self, data: Tensor) -> Tensor:
+        return (data - self.data_mean) / self._deviation()
+
+    def _audio(self, x: Tensor, num_samples: int) -> Tensor:
+        data = x * self._deviation() + self.data_mean
+        return data[..., :num_samples] if self.autoencoder is None else self.autoencoder.decode(data, num_samples)
+
+    @torch.no_grad()
+    def _follow(self, data: Tensor) -> None:
+        """The mean and the mean square of all data so far, channel by channel."""
+        self.num_batches += 1
+        self.data_mean.lerp_(data.mean((0, 2)).unsqueeze(-1), 1 / self.num_batches)
+        self.data_square.lerp_(data.square().mean((0, 2)).unsqueeze(-1), 1 / self.num_batches)
+
+
+def _check_autoencoder(autoencoder: Any, sample_rate: int, channels: int) -> None:
+    """Raises: ValueError, if it is none, or hears other audio."""
+    if autoencoder is None:
+        return
+    if not isinstance(autoencoder, WaveformAutoencoder):
+        raise ValueError(f"autoencoder is a {type(autoencoder).__name__}; wanted a trained autoencoder, or null.")
+    if (autoencoder.sample_rate, autoencoder.channels) != (sample_rate, channels):
+        raise ValueError(
+            f"the autoencoder hears {autoencoder.channels} channels at {autoencoder.sample_rate} Hz and the flow {channels} "
+            f"at {sample_rate} Hz; make both the same."
+        )
+
+
+def _waves(time: Tensor) -> Tensor:
+    """(B,) times in [0, 1] -> (B, D_EMBEDDING) cosines and sines of them, from half a period to 500."""
+    frequency = math.pi * torch.logspace(0, 3, D_EMBEDDING // 2, device=time.device, dtype=time.dtype)
+    angle = time.unsqueeze(-1) * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def _through(blocks: Any, u: Tensor, embedding: Tensor) -> Tensor:
+    for block in blocks:
+        u = block(u, embedding)
+    return u
+
+
+def _with_known(velocity: Velocity, free: Tensor, known: Tensor) -> Velocity:
+    """The velocity where it is free, (L,) bools, and elsewhere a known one, which does not change on a straight line."""
+    return lambda x, t: torch.where(free, velocity(x, t), known)
+
+
+def _joined(audio: Tensor, made: Tensor, start: int, stop: int, fade: int) -> Tensor:
+    """What was made, moved at both ends of the span to where the audio is, and less and less so over `fade` samples."""
+    places, moved = torch.arange(audio.shape[-1], device=audio.device), made
+    for border, distance in ((start - 1, places - start), (stop, stop - 1 - places)):
+        if 0 <= border < audio.shape[-1]:
+            share = (1 - distance / max(1, fade)).clamp(0, 1) * (distance >= 0)
+            moved = moved + (audio - made)[..., border : border + 1] * share.to(audio.dtype)
+    return moved
+
+
+def _slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """Between two noises along the sphere, so that their size stays what it is.
+
+    Source: Shoemake 1985, "Animating rotation with quaternion curves".
+    """
+    cosine = F.cosine_similarity(a.flatten(), b.flatten(), dim=0)
+    angle = cosine.clamp(-1, 1).arccos()
+    if angle < 1e-3:
+        return torch.lerp(a, b, share)
+    return (((1 - share) * angle).sin() * a + (share * angle).sin() * b) / angle.sin()

@@ -1,0 +1,337 @@
+"""Flow matching: what can be said exactly, with the velocity of a Gaussian in the network's place; and that it learns."""
+
+import math
+import time
+
+import pytest
+import torch
+
+from s4audio import CausalAutoencoder, ConvVAE, Flow, S4Model
+from s4audio.models import euler
+from s4audio.tasks.optim import parameter_groups
+from tests.models.test_samplers import gaussian_velocity
+
+RATE, HERTZ = 1000, 62.5  # of the sine that the small flow learns
+
+
+def flow(**arguments) -> Flow:
+    defaults = {"strides": (2, 3), "widths": (4, 6, 8), "num_blocks": 1, "d_state": 4}
+    return Flow(8000, **{**defaults, **arguments})
+
+
+def latent_flow(**arguments) -> Flow:
+    autoencoder = CausalAutoencoder(8000, strides=(2, 4), widths=(4, 4, 6), latent_channels=3, d_state=4)
+    return flow(autoencoder=autoencoder, **arguments)
+
+
+MODELS = {"raw": flow, "latent": latent_flow, "labelled": lambda: flow(classes=("yes", "no"))}
+
+
+@pytest.fixture(params=MODELS)
+def model(request) -> Flow:
+    return MODELS[request.param]().eval()
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def gaussian(monkeypatch, model: Flow, mean: float = 1.5, deviation: float = 0.4) -> None:
+    """Gives the model the velocity of normal data, in its own normalization."""
+    exact = gaussian_velocity(mean, deviation)
+    monkeypatch.setattr(model, "forward", lambda x, time, label=None: exact(x, time.view(-1, 1, 1)))
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 6, 7, 97])
+def test_any_length_goes(model, length):
+    x = torch.randn(2, len(model.data_mean), length)
+    assert model(x, torch.rand(2)).shape == x.shape
+    assert model.sample(2, length, num_steps=1).shape == (2, 1, length)
+    assert model.vary(torch.randn(2, 1, length), 0.5, num_steps=1).shape == (2, 1, length)
+    assert model.continue_(torch.randn(2, 1, length), 5, num_steps=1).shape == (2, 1, 5)
+
+
+def test_losses_reach_every_parameter_but_the_autoencoders(model):
+    for block in (module for module in model.modules() if hasattr(module, "modulation")):
+        torch.nn.init.normal_(block.modulation.weight)  # zero at first, where it stops the gradient of the embedding
+    label = torch.tensor([0, 1, 1]) if model.classes else None
+    model.training_losses(torch.randn(3, 1, 96), label)["flow"].backward()
+    for name, parameter in model.named_parameters():
+        if name.startswith("autoencoder"):
+            assert parameter.grad is None and not parameter.requires_grad, name
+        else:
+            assert parameter.grad is not None and torch.isfinite(parameter.grad).all() and parameter.grad.any(), name
+
+
+def test_the_loss_is_the_mean_squared_error_of_the_velocity(monkeypatch):
+    """With the exact velocity of normal data the loss is the variance of data - noise given x_t, averaged over t."""
+    model = flow().eval()
+    gaussian(monkeypatch, model, 0.0, 0.5)
+    audio = 0.5 * torch.randn(64, 1, 2000)
+    t = (torch.arange(64) + 0.5) / 64  # of the clips of a validation
+    wanted = (0.25 / ((1 - t) ** 2 + (0.5 * t) ** 2)).mean()
+    assert model.training_losses(audio)["flow"] == pytest.approx(float(wanted), rel=0.02)
+    t = torch.linspace(0, 1, 10_001)  # of a training, on the average
+    wanted = (0.25 / ((1 - t) ** 2 + (0.5 * t) ** 2)).mean()
+    monkeypatch.setattr(model, "_normalized", lambda data: data)
+    assert model.train().training_losses(0.5 * torch.randn(5000, 1, 50))["flow"] == pytest.approx(float(wanted), rel=0.02)
+
+
+def test_validation_does_not_depend_on_a_draw(model):
+    audio = torch.randn(4, 1, 60)
+    assert model.training_losses(audio)["flow"] == model.training_losses(audio)["flow"]
+    model.train()
+    assert model.training_losses(audio)["flow"] != model.training_losses(audio)["flow"]
+
+
+@pytest.mark.parametrize("name", ["raw", "latent"])
+def test_data_are_normalized_by_all_that_was_seen(name):
+    model = MODELS[name]().train()
+    batches = [0.3 * scale * torch.randn(4, 1, 400) + 0.1 for scale in (0.2, 1.0, 3.0)]
+    for batch in batches:
+        model.training_losses(batch)
+    data = torch.cat([model._data(batch) for batch in batches])
+    torch.testing.assert_close(model.data_mean[:, 0], data.mean((0, 2)), rtol=1e-4, atol=1e-5)
+    normalized = model._normalized(data)
+    torch.testing.assert_close(normalized.std((0, 2), correction=0), torch.ones(data.shape[1]), rtol=1e-3, atol=0)
+    before = model.data_square.clone()
+    model.eval().training_losses(batches[0])
+    assert torch.equal(model.data_square, before)
+
+
+def test_labels_are_withheld_at_their_share(monkeypatch):
+    model = flow(classes=("a", "b"), label_dropout=0.25).train()
+    seen = []
+    monkeypatch.setattr(model, "forward", lambda x, time, label=None: seen.append(label) or x)
+    model.training_losses(torch.zeros(4000, 1, 1), torch.ones(4000, dtype=torch.int64))
+    assert (seen[0] == 2).float().mean() == pytest.approx(0.25, abs=0.03) and set(seen[0].tolist()) == {1, 2}
+    model.eval().training_losses(torch.zeros(40, 1, 1), torch.ones(40, dtype=torch.int64))
+    assert (seen[1] == 1).all()
+
+
+def test_guidance_goes_from_no_label_through_the_label_and_beyond(monkeypatch):
+    model = flow(classes=("a", "b")).eval()
+    monkeypatch.setattr(model, "forward", lambda x, time, label=None: label.view(-1, 1, 1).float() ** 2 + 0 * x)
+    x = torch.randn(3, 1, 4)
+    label = torch.tensor([0, 1, 1])
+    for guidance in (0.0, 1.0, 2.5):
+        wanted = (4 + guidance * (label.float() ** 2 - 4)).view(-1, 1, 1).expand_as(x)  # 2 is no label
+        torch.testing.assert_close(model._velocity(label, guidance)(x, 0.3), wanted)
+
+
+@pytest.mark.parametrize("name", ["raw", "latent"])
+def test_sampling_and_variation_follow_the_velocity(name, monkeypatch):
+    """Of normal data: noise z becomes mean + deviation z, and a point on the way likewise."""
+    model = MODELS[name]().eval()
+    gaussian(monkeypatch, model)
+    model.data_mean.fill_(-0.5)
+    model.data_square.fill_(0.5**2 + 0.5**2)
+    made = model.sample(2, 32, generator=seeded(1), num_steps=100)
+    z = torch.randn(2, len(model.data_mean), 32 // model.frame, generator=seeded(1))
+    torch.testing.assert_close(made, model._audio(1.5 + 0.4 * z, 32), rtol=0, atol=1e-3)
+    slow = model.sample(2, 32, generator=seeded(1), num_steps=400, solver=euler)
+    torch.testing.assert_close(slow, made, rtol=0, atol=0.01)
+    audio = torch.randn(2, 1, 32)
+    for strength in (0.3, 1.0):
+        t = 1 - strength
+        x = t * model._normalized(model._data(audio)) + (1 - t) * z
+        x = 1.5 + 0.4 * (x - 1.5 * t) / ((1 - t) ** 2 + (0.4 * t) ** 2) ** 0.5
+        varied = model.vary(audio, strength, seeded(1), num_steps=100)
+        torch.testing.assert_close(varied, model._audio(x, 32), rtol=0, atol=1e-3)
+    wanted = audio if name == "raw" else model.autoencoder(audio)
+    assert torch.equal(model.vary(audio, 0.0), wanted)
+
+
+def test_an_interpolation_ends_at_the_clips_and_keeps_the_size_of_the_noise(monkeypatch):
+    model = flow().eval()
+    gaussian(monkeypatch, model, 0.0, 0.4)
+    first, last = 0.4 * torch.randn(2, 1, 1000)
+    made = model.interpolate(first, last, 5, num_steps=100)
+    assert made.shape == (5, 1, 1000)
+    torch.testing.assert_close(made[0], first, rtol=0, atol=1e-3)
+    torch.testing.assert_close(made[-1], last, rtol=0, atol=1e-3)
+    assert made.std((1, 2)) == pytest.approx(torch.full((5,), 0.4), abs=0.02)  # a straight line would give 0.28
+    torch.testing.assert_close(made[2], (first + last) / 2**0.5, rtol=0, atol=0.05)
+
+
+def test_a_clip_beyond_full_scale_is_made_quieter_as_a_whole(monkeypatch):
+    model = flow().eval()
+    for loudest in (0.8, 3.0):
+        made = torch.stack([0.1 * torch.ones(1, 50), torch.linspace(-1, loudest, 50).view(1, 50)])
+        monkeypatch.setattr(model, "_audio", lambda x, num_samples, made=made: made)
+        sample = model.sample(2, 50, num_steps=1)
+        assert torch.equal(sample[0], made[0])
+        torch.testing.assert_close(sample[1], made[1] / max(loudest, 1.0))
+
+
+def test_samples_follow_the_generator_of_each_clip(model):
+    together = model.sample(3, 50, generator=[seeded(seed) for seed in (1, 2, 3)], num_steps=4)
+    alone = model.sample(1, 50, generator=[seeded(2)], num_steps=4)
+    other = model.sample(1, 50, generator=[seeded(4)], num_steps=4)
+    assert (together[1:2] - alone).abs().max() < 1 / 32768 and not torch.equal(alone, other)
+
+
+def test_outside_of_the_span_the_audio_stays_bit_for_bit(model):
+    audio = 0.1 * torch.randn(2, 1, 1000)
+    made = model.inpaint(audio, 401, 567, seeded(1), num_steps=2)
+    assert torch.equal(made[..., :401], audio[..., :401]) and torch.equal(made[..., 567:], audio[..., 567:])
+    assert (made != audio)[..., 401:567].float().mean() > 0.99
+    longer = model.inpaint(torch.nn.functional.pad(audio, (0, 100)), 1000, 1100, seeded(1), num_steps=2)
+    assert torch.equal(model.continue_(audio, 100, generator=seeded(1), num_steps=2), longer[..., 1000:])
+
+
+def test_what_stood_in_the_span_has_no_say(model):
+    audio = 0.1 * torch.randn(1, 1, 500)
+    other = audio.clone()
+    other[..., 200:300] = 0.5
+    first, second = (model.inpaint(clip, 200, 300, seeded(1), num_steps=2) for clip in (audio, other))
+    assert torch.equal(first, second)
+
+
+def test_the_rest_of_a_clip_is_known_on_the_way(monkeypatch):
+    """At time t the network sees (1 - t) noise + t data there, whatever it makes of it: from 0, then from 0.5."""
+    model = flow().eval()
+    seen = []
+    monkeypatch.setattr(model, "forward", lambda x, time, label=None: seen.append((float(time[0]), x)) or 7 * x)
+    audio, generator = torch.randn(1, 1, 30), seeded(1)
+    model.inpaint(audio, 10, 20, seeded(1), num_steps=4)
+    assert [t for t, _ in seen[:8:2]] == [0, 0.578125, 0.875, 0.984375] and len(seen) == 8 + 4 + 4
+    for calls in (seen[:8], seen[8:12]):
+        noise = torch.randn(1, 1, 30, generator=generator)
+        for t, x in calls:
+            wanted = (1 - t) * noise + t * audio
+            torch.testing.assert_close(x[..., :10], wanted[..., :10])
+            torch.testing.assert_close(x[..., 20:], wanted[..., 20:])
+        assert calls[0][0] == (0.0 if len(calls) == 8 else 0.5)
+
+
+@pytest.mark.parametrize("name", ["raw", "latent"])
+def test_what_is_made_is_moved_to_where_the_audio_is(name, monkeypatch):
+    """A network that would make 0.5 everywhere, in a clip of zeros: from 0 at both borders to 0.5 within 20 ms."""
+    model = MODELS[name]().eval()
+    monkeypatch.setattr(model, "_audio", lambda x, num_samples: torch.full((1, 1, num_samples), 0.5))
+    made = model.inpaint(torch.zeros(1, 1, 1000), 300, 700, num_steps=1)[0, 0]
+    assert made.diff().abs().max() == pytest.approx(0.5 / 160, rel=1e-3)
+    assert (made[460:540] == 0.5).all() and (made[:301] == 0).all() and (made[699:] == 0).all()
+
+
+@pytest.fixture(scope="module")
+def trained() -> Flow:
+    """A flow that has seen sines of 60 to 65 Hz and amplitude 0.5, of any phase, for some seconds."""
+    torch.manual_seed(0)
+    model = Flow(RATE, strides=(4,), widths=(16, 32), num_blocks=1, d_state=16, dt_min=1e-2, dt_max=0.5)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 1e-2, 1e-3, 0.0), betas=(0.9, 0.99))
+    steps = 250
+    for step in range(steps):
+        for group, lr in zip(optimizer.param_groups, (1e-2, 1e-3), strict=True):
+            group["lr"] = lr * min(1, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        hertz, phase = torch.empty(32, 1, 1).uniform_(60, 65), 2 * math.pi * torch.rand(32, 1, 1)
+        loss = model.training_losses(sine(64, hertz, phase))["flow"]
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return model.eval()
+
+
+def sine(length: int, hertz: torch.Tensor | float = HERTZ, phase: torch.Tensor | float = 0.0) -> torch.Tensor:
+    wave = torch.sin(2 * math.pi * hertz * torch.arange(length) / RATE + phase)
+    return 0.5 * wave.view(-1, 1, length)
+
+
+def test_it_learns_pitch_loudness_and_phase(trained):
+    made = trained.sample(128, 64, generator=seeded(1))[:, 0]
+    assert torch.isfinite(made).all() and made.abs().max() < 1
+    assert made.mean(1).abs().max() < 0.05 and made.mean().abs() < 0.005  # no DC
+    assert made.square().mean(1).sqrt().mean() == pytest.approx(0.5 / 2**0.5, rel=0.05)
+    spectrum = torch.fft.rfft(made)
+    power = spectrum.abs().square()
+    assert (power.argmax(1) == 4).float().mean() > 0.95  # 62.5 Hz
+    assert (power[:, 3:6].sum(1) / power.sum(1)).median() > 0.95
+    phases = spectrum[:, 4] / spectrum[:, 4].abs()
+    assert phases.mean().abs() < 0.2  # all of them: 0.09 is expected of 128
+
+
+@pytest.mark.parametrize("num_steps", [4, 50])
+def test_few_and_many_steps_make_sines(trained, num_steps):
+    power = torch.fft.rfft(trained.sample(32, 64, generator=seeded(1), num_steps=num_steps)[:, 0]).abs().square()
+    assert (power[:, 3:6].sum(1) / power.sum(1)).median() > 0.9
+
+
+def test_a_hole_in_a_sine_is_filled_and_a_sine_goes_on_without_a_seam(trained):
+    audio = sine(256)
+    holed = audio.clone()
+    holed[..., 100:140] = 0
+    filled = trained.inpaint(holed.repeat(16, 1, 1), 100, 140, [seeded(k) for k in range(16)])
+    error = (filled - audio)[..., 100:140].square().mean((1, 2)).sqrt()
+    assert error.median() < 0.15  # the sine's own level is 0.35
+    before = audio[..., :128].repeat(16, 1, 1)
+    longer = torch.cat([before, trained.continue_(before, 64, generator=[seeded(k) for k in range(16)])], dim=-1)
+    for made, borders in ((filled, (100, 140)), (longer, (128,))):
+        steps = made.diff().abs()[:, 0]
+        inside = steps[:, 100:139] if len(borders) == 2 else steps[:, 128:]
+        assert max(steps[:, border - 1].max() for border in borders) <= inside.max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["raw", "latent"])
+def test_gpu_sampling_is_that_of_the_cpu(name):
+    model = MODELS[name]().eval()
+    wanted = model.sample(2, 5000, generator=[seeded(1), seeded(2)])
+    found = model.cuda().sample(2, 5000, generator=[seeded(1), seeded(2)])
+    assert found.is_cuda and (found.cpu() - wanted).abs().max() < 1e-3  # float32, in another order
+
+
+@pytest.mark.gpu
+def test_gpu_ten_seconds_take_less_than_one():
+    """With the network of recipes/flow_16k.yaml on latents at 1,000 a second."""
+    autoencoder = CausalAutoencoder(
+        16_000, strides=(16,), widths=(32, 128), latent_channels=8, num_blocks=(0, 4), d_state=32
+    )
+    model = Flow(16_000, autoencoder=autoencoder, strides=(4, 4), widths=(32, 128, 160), num_blocks=(1, 2, 3)).cuda().eval()
+    model.sample(1, 160_000)
+    torch.cuda.synchronize()
+    began = time.monotonic()
+    model.sample(1, 160_000).cpu()
+    assert time.monotonic() - began < 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"strides": (1, 2)}, r"strides \[1, 2\] must be at least 2"),
+        ({"widths": (4, 4)}, "widths has 2 entries and strides 2"),
+        ({"num_blocks": 0}, "a block somewhere"),
+        ({"label_dropout": 1.0}, "label_dropout is 1.0"),
+        ({"classes": "ab"}, "classes is 'ab'; wanted a list of names"),
+        ({"classes": ("a", "a")}, "wanted each name once"),
+        ({"autoencoder": S4Model(1, 2, 4, 1)}, "autoencoder is a S4Model"),
+        ({"autoencoder": ConvVAE(4000, strides=(2,), widths=(2, 2))}, "channels at 4000 Hz and the flow 1 at 8000 Hz"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        flow(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m.sample(1, 8, label=torch.tensor([2])), r"label is \[2\]; wanted numbers below 2"),
+        (lambda m: m.sample(1, 8, label=torch.tensor([1]), guidance=-1.0), "guidance is -1.0"),
+        (lambda m: m.sample(1, 8, num_steps=0), "num_steps is 0"),
+        (lambda m: m.vary(torch.zeros(1, 1, 8), 1.5), r"the variation is 1.5; wanted 0"),
+        (lambda m: m.inpaint(torch.zeros(1, 1, 8), 3, 9), "the span is 3 to 9; wanted one inside of the 8 samples"),
+        (lambda m: m.continue_(torch.zeros(1, 1, 8), 0), "the span is 8 to 8"),
+        (lambda m: m.interpolate(torch.zeros(1, 8), torch.zeros(1, 9), 3), "wanted two of one shape"),
+        (lambda m: m.interpolate(torch.zeros(1, 8), torch.zeros(1, 8), 1), "num is 1; wanted at least 2"),
+    ],
+)
+def test_wrong_requests_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(flow(classes=("a", "b")).eval())
+
+
+def test_labels_without_classes_are_refused():
+    with pytest.raises(ValueError, match="there are labels, but the model has no classes"):
+        flow().training_losses(torch.zeros(1, 1, 8), torch.tensor([0]))
