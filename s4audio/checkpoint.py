@@ -32,8 +32,8 @@ from s4audio.models import (
     S4Model,
     SaShiMi,
     StreamState,
-    WaveNet,
     WaveformAutoencoder,
+    WaveNet,
     advance_stream,
     begin_stream,
 )

@@ -8,7 +8,7 @@ explicitly free (SCORES says how). Each is played several times by fluidsynth, e
 by other instruments, and with other dynamics. All of that comes from SEED, the piece and the number of the variant. train,
 valid and test share no piece. FOLDER/README.md lists the sources and their licences, which go with the data.
 
-The soundfont is FluidR3 (MIT licence) unless another is given. Six hours took half an hour on two cores that others used too.
+The soundfont is FluidR3 (MIT licence) unless another is given. Six hours took half an hour on two busy cores.
 """
 
 import argparse

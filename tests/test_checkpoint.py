@@ -45,9 +45,9 @@ def test_a_loaded_model_is_the_saved_one(tmp_path, name):
 
     def output(model: nn.Module) -> torch.Tensor:
         torch.manual_seed(1)
-        if hasattr(model, "sample"):
+        if isinstance(model, Flow):
             return model.sample(1, 64)
-        return model(torch.randn(1, 3, 64))
+        return model(torch.randn(1, 3 if name.endswith("S4Model") else 1, 64))
 
     assert torch.equal(output(loaded), output(model)) and not loaded.training
     assert read_config(tmp_path / "run" / "best")["training"] == {"steps": 3}

@@ -185,9 +185,7 @@ def test_no_size_in_config_json_makes_loading_slow_or_large(originals, tmp_path,
         (tmp_path / "config.json").write_text(json.dumps(damaged))
         forget_peak()
         before = peak_mib()
-        if (
-            key in ("sample_rate", "chunk_samples") and name != "Flow of latents"
-        ):  # which no weight knows, but an autoencoder
+        if key in ("sample_rate", "chunk_samples") and name != "Flow of latents":  # which no weight knows
             assert getattr(load(tmp_path), key) == 10**9
         else:
             with pytest.raises(CheckpointError, match=r"the arguments do not fit|does not fit"):

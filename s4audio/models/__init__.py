@@ -12,9 +12,9 @@ from s4audio.models.autoencoder import (
     stream_latency,
 )
 from s4audio.models.classifier import Classifier, PatchS4Model, S4Model
-from s4audio.models.sashimi import Generated, SaShiMi, SaShiMiState
 from s4audio.models.flow import Flow
 from s4audio.models.samplers import euler, heun
+from s4audio.models.sashimi import Generated, SaShiMi, SaShiMiState
 from s4audio.models.vae import ConvVAE
 from s4audio.models.wavenet import WaveNet
 
@@ -22,8 +22,8 @@ __all__ = [
     "CausalAutoencoder",
     "Classifier",
     "ConvVAE",
-    "Generated",
     "Flow",
+    "Generated",
     "PatchS4Model",
     "S4DAutoencoder",
     "S4Model",
