@@ -12,7 +12,7 @@ from s4audio.layers.blocks import (
     S4Block,
 )
 from s4audio.layers.conv import CausalConv1d, CausalConvTranspose1d, ConvState
-from s4audio.layers.s4 import S4, S4D, S4State
+from s4audio.layers.s4 import S4, S4D, S4State, frozen
 
 __all__ = [
     "S4",
@@ -30,4 +30,5 @@ __all__ = [
     "Residual",
     "S4Block",
     "S4State",
+    "frozen",
 ]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from s4audio.layers import S4D, ModulatedBlock
+from s4audio.layers import S4D, ModulatedBlock, frozen
 from s4audio.models.autoencoder import (
     Generators,
     WaveformAutoencoder,
@@ -185,7 +185,7 @@ class Flow(nn.Module):
         """
         shape = (batch_size, len(self.data_mean), -(-num_samples // self.frame))
         x = noise(shape, generator).to(self.data_mean)
-        audio = self._audio(solver(self._velocity(label, guidance), x, flow_times(num_steps)), num_samples)
+        audio = self._audio(self._solved(self._velocity(label, guidance), x, flow_times(num_steps), solver), num_samples)
         return audio / audio.abs().amax((1, 2), keepdim=True).clamp_min(1)
 
     @torch.no_grad()
@@ -217,7 +217,7 @@ class Flow(nn.Module):
         if strength == 0:
             return audio if self.autoencoder is None else self.autoencoder.decode(data, audio.shape[-1])
         x = torch.lerp(noise(data.shape, generator).to(data), self._normalized(data), 1 - strength)
-        return self._audio(heun(velocity, x, times), audio.shape[-1])
+        return self._audio(self._solved(velocity, x, times), audio.shape[-1])
 
     @torch.no_grad()
     def inpaint(
@@ -263,7 +263,7 @@ class Flow(nn.Module):
             drawn = noise(data.shape, generator).to(data)
             velocity = made if time == PASSES[-1] else _with_known(made, free, data - drawn)
             times = flow_times(math.ceil(num_steps * (1 - time)), time)
-            x = heun(velocity, torch.lerp(drawn, torch.where(free, x, data), time), times)
+            x = self._solved(velocity, torch.lerp(drawn, torch.where(free, x, data), time), times)
         fade = round(FADE_SECONDS * self.sample_rate)
         return torch.where(outside, audio, _joined(audio, self._audio(x, length), start, stop, fade))
 
@@ -315,9 +315,9 @@ class Flow(nn.Module):
         ends = self._normalized(self._data(torch.stack([first, last])))
         label = None if label is None else label.expand(num)
         times = flow_times(num_steps)
-        a, b = heun(self._velocity(None if label is None else label[:2], 1.0), ends, times[::-1])
+        a, b = self._solved(self._velocity(None if label is None else label[:2], 1.0), ends, times[::-1])
         x = torch.stack([_slerp(a, b, index / (num - 1)) for index in range(num)])
-        return self._audio(heun(self._velocity(label, 1.0), x, times), first.shape[-1])
+        return self._audio(self._solved(self._velocity(label, 1.0), x, times), first.shape[-1])
 
     def _velocity(self, label: Tensor | None, guidance: float) -> Velocity:
         """What a solver follows, with classifier-free guidance where there are labels."""
@@ -336,6 +336,11 @@ class Flow(nn.Module):
             return torch.lerp(free, guided, guidance)
 
         return velocity
+
+    def _solved(self, velocity: Velocity, x: Tensor, times: Sequence[float], solver: Solver = heun) -> Tensor:
+        """x at the last time."""
+        with frozen(self):
+            return solver(velocity, x, times)
 
     @torch.no_grad()
     def _data(self, audio: Tensor) -> Tensor:

@@ -111,7 +111,9 @@ def _of_each_channel(system: System) -> System:
     return system._replace(A_bar=A_bar, B_bar=B_bar, Lambda=Lambda, P=P, B=B, dt=dt)
 
 
-def convolve(system: System, u: Tensor, D: Tensor | None = None, bidirectional: bool = False) -> Tensor:
+def convolve(
+    system: System, u: Tensor, D: Tensor | None = None, bidirectional: bool = False, kept: dict | None = None
+) -> Tensor:
     """The system's output from silence: `run` for whoever needs no state, which saves memory and time.
 
     Args:
@@ -119,6 +121,7 @@ def convolve(system: System, u: Tensor, D: Tensor | None = None, bidirectional: 
         D: (H,), as of `run`.
         bidirectional: the system has 2 H channels (`both_ways`), of which the first H run forward in time and the others
             backward; y is their sum.
+        kept: as of `run`.
 
     Returns:
         y (batch, H, L) in u's dtype.
@@ -140,7 +143,7 @@ def convolve(system: System, u: Tensor, D: Tensor | None = None, bidirectional: 
             return fused.convolve(system, u, D)
         both = torch.cat([u, u.flip(-1)], dim=1) if bidirectional else u
         dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
-        y = _run_plain(system, both, _to_real(system, None, both, dtype), None)[0]
+        y = _run_plain(system, both, _to_real(system, None, both, dtype), None, kept)[0]
         if bidirectional:
             ahead, back = y.chunk(2, dim=1)
             y = ahead + back.flip(-1)

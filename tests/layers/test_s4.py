@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from s4audio import ssm
-from s4audio.layers import S4, S4D
+from s4audio.layers import S4, S4D, frozen
+from s4audio.ssm import chunk
 
 
 @pytest.mark.parametrize("layer", [S4D, S4])
@@ -103,3 +104,24 @@ def test_s4_wants_a_low_rank_term():
 def test_another_number_of_channels_is_refused(bidirectional, channels):
     with pytest.raises(ValueError, match=rf"u has shape \(2, {channels}, 50\); wanted \(batch, 8, length\)"):
         S4D(8, 8, bidirectional=bidirectional)(torch.randn(2, channels, 50))
+
+
+@pytest.mark.parametrize("layer", [S4D, S4])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_a_frozen_model_is_the_same_and_makes_its_operators_once(layer, bidirectional, monkeypatch):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(layer(3, 8, bidirectional=bidirectional).double())
+    u = torch.randn(2, 3, 500, dtype=torch.float64)
+    made = []
+    for name in ("diagonal_operators", "dense_operators"):
+        original = getattr(chunk, name)
+        monkeypatch.setattr(chunk, name, lambda *given, original=original: made.append(1) or original(*given))
+    with torch.no_grad():
+        wanted, shorter = model(u), model(u[..., :70])
+        made.clear()
+        with frozen(model):
+            for _ in range(3):
+                assert torch.equal(model(u), wanted) and torch.equal(model(u[..., :70]), shorter)
+        assert len(made) == len({chunk.chunk_length(500), chunk.chunk_length(70)})
+        model[0].C.mul_(2)
+        assert not torch.allclose(model(u), wanted)
