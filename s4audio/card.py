@@ -10,6 +10,7 @@ ABOUT = {  # class -> what the hub sorts it under, and what it is
         "A classifier of images, which reads patches one after the other with S4D layers",
     ),
     "S4DAutoencoder": ("audio-to-audio", "A small autoencoder of raw audio, made of S4D layers"),
+    "S4DVAE": ("audio-to-audio", "A variational autoencoder of raw audio, made of S4D layers"),
     "S4Model": ("image-classification", "A classifier of sequences, made of state-space layers"),
 }
 READ = {"train_files", "train_seconds", "valid_files", "valid_seconds", "normalize"}  # of recordings

@@ -21,6 +21,7 @@ from s4audio.card import card
 from s4audio.files import replacing
 from s4audio.metrics.embeddings import EncoderWindows
 from s4audio.models import (
+    S4DVAE,
     CausalAutoencoder,
     ConvVAE,
     PatchS4Model,
@@ -32,7 +33,7 @@ from s4audio.models import (
 )
 
 MODELS: dict[str, type[nn.Module]] = {
-    model.__name__: model for model in (CausalAutoencoder, ConvVAE, PatchS4Model, S4DAutoencoder, S4Model)
+    model.__name__: model for model in (CausalAutoencoder, ConvVAE, PatchS4Model, S4DAutoencoder, S4DVAE, S4Model)
 }
 DEPTHS = ("num_blocks", "num_layers")  # arguments that say how many layers there are, each with tensors of its own
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"

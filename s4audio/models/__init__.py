@@ -11,12 +11,15 @@ from s4audio.models.autoencoder import (
     stream_latency,
 )
 from s4audio.models.classifier import Classifier, PatchS4Model, S4Model
-from s4audio.models.vae import ConvVAE
+from s4audio.models.discriminator import Discriminator
+from s4audio.models.vae import S4DVAE, ConvVAE
 
 __all__ = [
+    "S4DVAE",
     "CausalAutoencoder",
     "Classifier",
     "ConvVAE",
+    "Discriminator",
     "PatchS4Model",
     "S4DAutoencoder",
     "S4Model",
