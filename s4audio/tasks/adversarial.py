@@ -36,7 +36,7 @@ class AdversarialTask(GenerativeTask):
         ValueError: as GenerativeTask; the model is no autoencoder, or adversarial_start_step is negative.
     """
 
-    best_score = "valid/step"
+    best_score = "validated_step"
     higher_is_better = True
 
     def __init__(
@@ -124,4 +124,4 @@ class AdversarialTask(GenerativeTask):
         return {"loss": total, **{name: losses[name] for name in ("discriminator", "accuracy") if name in losses}}
 
     def on_validation_epoch_end(self) -> None:
-        self.log("valid/step", float(self.global_step))
+        self.log("validated_step", float(self.global_step))
