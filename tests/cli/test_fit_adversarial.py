@@ -50,8 +50,6 @@ def test_it_goes_on_as_if_it_had_never_stopped(recipe, tmp_path, capsys, half):
     told = capsys.readouterr().out
     assert f"the discriminator takes part, as from step {START} on" in told
     assert re.search(r"discriminator \d.*, accuracy \d", told)
-        r"discriminator \d.*, accuracy \d", told
-    )
     assert fit(recipe, tmp_path / "parts", "--steps", str(half)) == 0
     assert weights(tmp_path / "parts") != weights(tmp_path / "whole")
     assert fit(recipe, tmp_path / "parts", "--steps", "12") == 0
