@@ -140,10 +140,11 @@ class ConvVAE(VariationalAutoencoder):
 class S4DVAE(VariationalAutoencoder, CausalAutoencoder):
     """The encoder and decoder of `CausalAutoencoder`, with a Gaussian for each latent number.
 
-    What keeps it from exploding or vanishing: the posterior is read from channels that are normalized frame by frame, so
-    that mean and log variance are as large as the weights of two Linears make them, however much the blocks before have
-    added up; the log variance is bounded, and begins at -4; and a channel may say `free_nats` for nothing. The task does its
-    part: a `kl` that warms up, a learning rate of their own for the state spaces' dynamics, clipping.
+    What keeps it from exploding or vanishing: the posterior is read from channels that are normalized frame by frame,
+    however much the blocks before have added up; its mean is normalized over batch and time, channel by channel, so that a
+    latent begins with a variance of 1 and is heard above the noise of the draw; the log variance is bounded, and begins at
+    -4; and a channel may say `free_nats` for nothing. The task does its part: a `kl` that warms up, a learning rate of their
+    own for the state spaces' dynamics, clipping.
 
     It streams if it is not bidirectional, by the mean of the posterior.
 
@@ -154,7 +155,8 @@ class S4DVAE(VariationalAutoencoder, CausalAutoencoder):
     Raises:
         ValueError: as CausalAutoencoder; free_nats is negative.
 
-    Source: as VariationalAutoencoder; the network is ours.
+    Source: as VariationalAutoencoder; the norm of the mean from Zhu et al. 2020, "A batch normalized inference network keeps
+    the KL vanishing away", with a scale that is learned; the network is ours.
     """
 
     def __init__(
@@ -184,14 +186,15 @@ class S4DVAE(VariationalAutoencoder, CausalAutoencoder):
             raise ValueError(f"free_nats is {free_nats}; wanted 0 or more.")
         self.free_nats = free_nats
         self.encoder.insert(-1, ChannelNorm(widths[-1]))  # in front of the Linear that makes the mean
+        self.encoder.append(nn.BatchNorm1d(latent_channels))
         self.log_variance = nn.Conv1d(widths[-1], latent_channels, 1)
         for name, value in (("weight", 0.0), ("bias", -4.0)):  # a draw is near the mean until the encoder knows better
             nn.init.constant_(self.log_variance.get_parameter(name), value)
 
     def posterior(self, audio: Tensor) -> tuple[Tensor, Tensor]:
         """(B, channels, T) -> mean and log variance of the latent, each (B, D, ceil(T / hop_length))"""
-        heard = self.encoder[:-1](F.pad(audio, (0, -audio.shape[-1] % self.hop_length)))
-        return self.encoder[-1](heard), self.log_variance(heard).clamp(*LOG_VARIANCE)
+        heard = self.encoder[:-2](F.pad(audio, (0, -audio.shape[-1] % self.hop_length)))
+        return self.encoder[-2:](heard), self.log_variance(heard).clamp(*LOG_VARIANCE)
 
 
 def _blocks(width: int, num_blocks: int) -> list[nn.Module]:

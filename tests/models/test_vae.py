@@ -73,7 +73,7 @@ def test_samples_are_the_prior_decoded(vae):
 def test_active_dimensions_are_counted_and_a_collapse_is_said(vae, capsys):
     model, audio = vae().eval(), torch.randn(4, 1, 600)
     with torch.no_grad():
-        last = model.encoder[-1]
+        last = model.encoder[-1] if isinstance(model, ConvVAE) else model.encoder[-2]
         last.weight[:5], last.bias[:5] = 0, 0  # every posterior mean 0: nothing is said
     assert model.active_dimensions(audio) == 0
     with torch.no_grad():
@@ -90,20 +90,25 @@ def test_only_what_is_causal_streams():
     assert not hasattr(ConvVAE(8000, **DEFAULTS), "stream")
     with pytest.raises(RuntimeError, match="hears the future and cannot stream"):
         S4DVAE(8000, **DEFAULTS, d_state=4, bidirectional=True).initial_state(1)
+    with pytest.raises(RuntimeError, match=r"BatchNorm1d.* mixes samples"):
+        S4DVAE(8000, **DEFAULTS, d_state=4).train().initial_state(1)  # it streams what it has learned
 
 
 def test_the_s4d_vae_is_the_causal_autoencoder_with_a_norm_and_a_log_variance():
     model, plain = S4DVAE(8000, **DEFAULTS, d_state=4).eval(), CausalAutoencoder(8000, **DEFAULTS, d_state=4).eval()
-    *heard, norm, mean = model.encoder
+    *heard, _, mean, _ = model.encoder
     plain.encoder[:-1].load_state_dict(torch.nn.Sequential(*heard).state_dict())
     audio = torch.randn(2, 1, 301)
     padded = torch.nn.functional.pad(audio, (0, 5))
     u = plain.encoder[:-1](padded)
     u = (u - u.mean(1, keepdim=True)) / (u.var(1, keepdim=True, unbiased=False) + 1e-5).sqrt()  # the norm before training
     found = model.posterior(audio)
-    torch.testing.assert_close(found[0], mean(u))
+    torch.testing.assert_close(found[0], mean(u) / (1 + 1e-5) ** 0.5)  # a variance of 1, before anything is counted
     torch.testing.assert_close(model.encode(audio), found[0])
     assert (found[1] == -4).all()
+    posterior, _ = model.train().posterior(audio)  # of a batch in training
+    torch.testing.assert_close(posterior.mean((0, 2)), torch.zeros(5), rtol=0, atol=1e-5)
+    torch.testing.assert_close(posterior.std((0, 2), correction=0), torch.ones(5), rtol=0, atol=1e-2)
     assert [type(m) for m in model.decoder] == [type(m) for m in plain.decoder]
 
 
@@ -111,11 +116,11 @@ def test_the_posterior_is_bounded_however_large_the_blocks_grow():
     model = S4DVAE(8000, **DEFAULTS, d_state=4).eval()
     with torch.no_grad():
         model.log_variance.weight.fill_(1e3)
-        for parameter in model.encoder[:-2].parameters():
+        for parameter in model.encoder[:-3].parameters():
             if parameter.dim() == 3 and parameter.shape[-1] != 2:  # convolutions and Linears
                 parameter.mul_(30)
     mean, log_variance = model.posterior(torch.randn(2, 1, 600))
-    assert mean.abs().max() < 8**0.5 * model.encoder[-1].weight.norm() + 1
+    assert mean.abs().max() < 8**0.5 * model.encoder[-2].weight.norm() + 1
     assert log_variance.min() >= -12 and log_variance.max() <= 4
     loss = sum(model.training_losses(torch.randn(2, 1, 600)).values())
     loss.backward()
