@@ -42,7 +42,7 @@ class VariationalAutoencoder(WaveformAutoencoder):
 
     def reconstruct(self, audio: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """(B, channels, T) from a draw of the posterior, and its `kl` to the prior, in nats per latent number."""
-        mean, log_variance = self.posterior(audio)
+        mean, log_variance = (v.to(audio.dtype) for v in self.posterior(audio))  # as exact as the audio, under autocast too
         fixed = None if self.training else torch.Generator().manual_seed(0)  # validation: the same noise every time
         drawn = noise(mean.shape, fixed).to(mean) if fixed else torch.randn_like(mean)
         latent = mean + drawn * (0.5 * log_variance).exp()

@@ -61,8 +61,9 @@ class AdversarialTask(GenerativeTask):
         on_nan: str = "stop",
     ) -> None:
         super().__init__(
-            model, loss_weights, loss_warmup_steps, lr, ssm_lr, weight_decay, betas, schedule, warmup_steps, decay_steps,
-            cuda_graph, compile, on_nan,
+            model, loss_weights=loss_weights, loss_warmup_steps=loss_warmup_steps, lr=lr, ssm_lr=ssm_lr,
+            weight_decay=weight_decay, betas=betas, schedule=schedule, warmup_steps=warmup_steps, decay_steps=decay_steps,
+            cuda_graph=cuda_graph, compile=compile, on_nan=on_nan,
         )  # fmt: skip
         if not hasattr(model, "estimate_and_losses"):
             raise ValueError(f"the model is a {type(model).__name__}, which is no autoencoder; AdversarialTask needs one.")
@@ -91,7 +92,7 @@ class AdversarialTask(GenerativeTask):
 
     def losses(self, *batch: Tensor) -> dict[str, Tensor]:
         """The model's own; of the discriminator too, when it takes part."""
-        (audio,) = batch
+        audio, *_ = batch  # a label changes nothing
         estimate, losses = self.model.estimate_and_losses(audio)
         if not self.judged:
             return losses

@@ -55,6 +55,11 @@ def test_losses_reach_every_parameter(vae):
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
 
 
+def test_kl_is_float32_in_mixed_precision(vae):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert vae().training_losses(torch.randn(2, 1, 300))["kl"].dtype == torch.float32
+
+
 def test_training_draws_and_validation_does_not_change(vae):
     model, audio = vae(), torch.randn(2, 1, 300)
     assert model.training_losses(audio)["l1"] != model.training_losses(audio)["l1"]
