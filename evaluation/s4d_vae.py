@@ -49,10 +49,11 @@ def main() -> None:
     args = parser.parse_args()
     rows = [summary(run) for run in args.runs]
     for row in rows:
+        active, si_sdr = ("none" if row[n] is None else f"{row[n]:.3g}" for n in ("active_dimensions", "si_sdr_db"))
         print(
             f"{row['run']}: {row['steps']} steps, norm of the gradient {row['median_norm']:.3g} in the middle and "
             f"{row['largest_norm']:.3g} at most, {'all finite' if row['finite'] else 'NOT ALL FINITE'}; held out: "
-            f"{row['active_dimensions']} of {row['latent_channels']} dimensions active, SI-SDR {row['si_sdr_db']} dB"
+            f"{active} of {row['latent_channels']} dimensions active, SI-SDR {si_sdr} dB"
         )
     if args.picture:
         lines = {run.name: read_curves(run)[NORM] for run in args.runs}
