@@ -142,9 +142,9 @@ class S4DVAE(VariationalAutoencoder, CausalAutoencoder):
 
     What keeps it from exploding or vanishing: the posterior is read from channels that are normalized frame by frame,
     however much the blocks before have added up; its mean is normalized over batch and time, channel by channel, so that a
-    latent begins with a variance of 1 and is heard above the noise of the draw; the log variance is bounded, and begins at
-    -4; and a channel may say `free_nats` for nothing. The task does its part: a `kl` that warms up, a learning rate of their
-    own for the state spaces' dynamics, clipping.
+    latent begins with a variance of 1 and is heard above the noise of the draw; the log variance begins in the middle of its
+    bounds, and comes near them so gently that the `kl` can bring it back; and a channel may say `free_nats` for nothing. The
+    task does its part: a `kl` that warms up, a learning rate of their own for the state spaces' dynamics, clipping.
 
     It streams if it is not bidirectional, by the mean of the posterior.
 
@@ -187,14 +187,16 @@ class S4DVAE(VariationalAutoencoder, CausalAutoencoder):
         self.free_nats = free_nats
         self.encoder.insert(-1, ChannelNorm(widths[-1]))  # in front of the Linear that makes the mean
         self.encoder.append(nn.BatchNorm1d(latent_channels))
-        self.log_variance = nn.Conv1d(widths[-1], latent_channels, 1)
-        for name, value in (("weight", 0.0), ("bias", -4.0)):  # a draw is near the mean until the encoder knows better
-            nn.init.constant_(self.log_variance.get_parameter(name), value)
+        self.log_variance = nn.Conv1d(widths[-1], latent_channels, 1)  # before it is bounded
+        for parameter in self.log_variance.parameters():
+            nn.init.zeros_(parameter)
 
     def posterior(self, audio: Tensor) -> tuple[Tensor, Tensor]:
         """(B, channels, T) -> mean and log variance of the latent, each (B, D, ceil(T / hop_length))"""
         heard = self.encoder[:-2](F.pad(audio, (0, -audio.shape[-1] % self.hop_length)))
-        return self.encoder[-2:](heard), self.log_variance(heard).clamp(*LOG_VARIANCE)
+        low, high = LOG_VARIANCE
+        middle, reach = (low + high) / 2, (high - low) / 2
+        return self.encoder[-2:](heard), middle + reach * torch.tanh(self.log_variance(heard) / reach)
 
 
 def _blocks(width: int, num_blocks: int) -> list[nn.Module]:

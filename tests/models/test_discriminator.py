@@ -18,14 +18,22 @@ def test_there_is_a_score_for_every_frame_of_every_window(length):
     assert len(features) == 10 and all(f.shape[:2] == (3, 4) for f in features)
 
 
-def test_it_sees_real_and_imaginary_part_as_loud_as_the_audio():
+def test_it_sees_compressed_magnitudes_and_the_phases():
     seen = []
     model = discriminator(sizes=(256,))
     model.of_sizes[0].hidden[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    model(0.3 * torch.randn(4, 1, 20_000))
+    audio = 0.3 * torch.randn(4, 1, 20_000)
+    model(audio)
     assert seen[0].shape == (4, 2, 1 + 20_000 // 64, 129)
-    power = seen[0].square().sum(1)[:, 4:-4, 1:-1].mean()  # of white noise, that of a sample
+    heard = torch.complex(*seen[0].unbind(1)).mT  # (clips, bins, frames)
+    wanted = torch.stft(audio[:, 0], 256, 64, window=torch.hann_window(256), pad_mode="constant", return_complex=True)
+    power = heard.abs().pow(2 / 0.3)[:, 1:-1, 4:-4].mean()  # of white noise, that of a sample
     assert power.item() == pytest.approx(0.09, rel=0.03)
+    loud = wanted.abs() > 1
+    assert loud.float().mean() > 0.8
+    torch.testing.assert_close((heard / wanted).angle()[loud].abs().max(), torch.tensor(0.0), rtol=0, atol=1e-4)
+    ratio = heard.abs() / wanted.abs().pow(0.3)
+    torch.testing.assert_close(ratio[loud], ratio[loud].mean().expand(int(loud.sum())), rtol=2e-3, atol=0)
 
 
 def test_clips_and_channels_are_judged_one_by_one():

@@ -120,16 +120,25 @@ def test_the_s4d_vae_is_the_causal_autoencoder_with_a_norm_and_a_log_variance():
 def test_the_posterior_is_bounded_however_large_the_blocks_grow():
     model = S4DVAE(8000, **DEFAULTS, d_state=4).eval()
     with torch.no_grad():
-        model.log_variance.weight.fill_(1e3)
+        model.log_variance.weight.normal_(0, 1e3)
         for parameter in model.encoder[:-3].parameters():
             if parameter.dim() == 3 and parameter.shape[-1] != 2:  # convolutions and Linears
                 parameter.mul_(30)
     mean, log_variance = model.posterior(torch.randn(2, 1, 600))
     assert mean.abs().max() < 8**0.5 * model.encoder[-2].weight.norm() + 1
-    assert log_variance.min() >= -12 and log_variance.max() <= 4
+    assert -12 <= log_variance.min() < -10 and 2 < log_variance.max() <= 4
     loss = sum(model.training_losses(torch.randn(2, 1, 600)).values())
     loss.backward()
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters() if parameter.grad is not None)
+
+
+def test_the_kl_brings_a_log_variance_back_from_its_bound():
+    model = S4DVAE(8000, **DEFAULTS, d_state=4)
+    torch.nn.init.constant_(model.log_variance.bias, -20.0)
+    _, log_variance = model.posterior(torch.randn(2, 1, 300))
+    assert log_variance.max() < -11.5
+    model.training_losses(torch.randn(2, 1, 300))["kl"].backward()
+    assert (model.log_variance.bias.grad < -1e-3).all()  # to the larger
 
 
 @pytest.mark.parametrize(
