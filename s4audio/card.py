@@ -11,6 +11,7 @@ ABOUT = {  # class -> what the hub sorts it under, and what it is
         "A classifier of images, which reads patches one after the other with S4D layers",
     ),
     "S4DAutoencoder": ("audio-to-audio", "A small autoencoder of raw audio, made of S4D layers"),
+    "S4DVAE": ("audio-to-audio", "A variational autoencoder of raw audio, made of S4D layers"),
     "S4Model": ("image-classification", "A classifier of sequences, made of state-space layers"),
     "SaShiMi": ("text-to-audio", "An autoregressive model of raw audio, made of state-space layers"),
     "WaveNet": ("audio-to-audio", "An autoregressive model of raw audio, made of convolutions, that tells likelihoods"),

@@ -24,6 +24,7 @@ from s4audio.card import card
 from s4audio.files import replacing
 from s4audio.metrics.embeddings import EncoderWindows
 from s4audio.models import (
+    S4DVAE,
     CausalAutoencoder,
     ConvVAE,
     Flow,
@@ -40,7 +41,7 @@ from s4audio.models import (
 
 MODELS: dict[str, type[nn.Module]] = {
     model.__name__: model
-    for model in (CausalAutoencoder, ConvVAE, Flow, PatchS4Model, S4DAutoencoder, S4Model, SaShiMi, WaveNet)
+    for model in (CausalAutoencoder, ConvVAE, Flow, PatchS4Model, S4DAutoencoder, S4DVAE, S4Model, SaShiMi, WaveNet)
 }
 DEPTHS = ("num_blocks", "num_layers", "num_stacks")  # arguments that count layers, each with tensors of its own
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"

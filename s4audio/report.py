@@ -29,6 +29,7 @@ R = TypeVar("R")
 
 FLAC_BLOCK = 4096  # samples of libFLAC's blocks; Chromium cannot seek in a file of one, and so does not play it
 INK, ACCENT, SECOND, FAINT = "#333333", "#1f6f8b", "#c4622d", "#b0b0b0"
+LINES = (ACCENT, SECOND, "#5b8c3a", "#8a5a9e")  # of several curves in one picture
 STYLE: Any = {
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": FAINT, "xtick.color": INK, "ytick.color": INK,
     "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.spines.top": False, "axes.spines.right": False,
@@ -125,7 +126,7 @@ def curves_figure(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
 
     figure = _figure(4.4, 2.4)
     axis = figure.subplots()
-    for colour, (name, (steps, values)) in zip((ACCENT, SECOND), curves.items(), strict=False):
+    for colour, (name, (steps, values)) in zip(itertools.cycle(LINES), curves.items(), strict=False):
         marker = "o" if len(steps) < 30 else None
         axis.plot(steps, values, color=colour, label=name, linewidth=1.3, marker=marker, markersize=3)
     if log:

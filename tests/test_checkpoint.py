@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from s4audio import CausalAutoencoder, ConvVAE, Flow, S4DAutoencoder, S4Model, SaShiMi, checkpoint
+from s4audio import S4DVAE, CausalAutoencoder, ConvVAE, Flow, S4DAutoencoder, S4Model, SaShiMi, checkpoint
 from s4audio.checkpoint import CheckpointError, fingerprint, load, load_embedding, read_config, save
 from s4audio.models import PatchS4Model, WaveNet
 
@@ -27,6 +27,7 @@ MODELS = {
     ),
     "PatchS4Model": lambda: PatchS4Model(3, 10, d_model=4, num_layers=1, patch=4, d_state=4),
     "S4DAutoencoder": lambda: S4DAutoencoder(3000, final_gelu=False),
+    "S4DVAE": lambda: S4DVAE(8000, strides=(2,), widths=(4, 4), num_blocks=1, latent_channels=2, d_state=4),
     "S4Model": lambda: S4Model(3, 10, d_model=4, num_layers=1, layer="S4", d_state=4),
     "SaShiMi": lambda: SaShiMi(8000, d_model=4, num_blocks=(1, 1), pools=(2,), d_state=4, num_levels=16),
     "WaveNet": lambda: WaveNet(8000, d_model=4, d_skip=4, num_stacks=1, num_layers=2, num_levels=16),

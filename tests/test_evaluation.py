@@ -13,7 +13,9 @@ from PIL import Image
 
 from s4audio import CausalAutoencoder, SaShiMi, load, save
 from s4audio.audio import quantize, read_audio
-from s4audio.metrics.signal import si_sdr
+from s4audio.cli import main
+from s4audio.cli.run_page import read_curves
+from s4audio.metrics.signal import mel_distance, si_sdr
 from s4audio.models import WaveNet
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +54,48 @@ def test_reconstruction_scores_whole_files(model, tmp_path):
     assert scores["si_sdr_db"] == pytest.approx(np.mean(wanted), abs=1e-3) and scores["files"] == 2
     assert scores["latent_numbers_a_second"] == 2000 and scores["low_pass_si_sdr_db"] > 20  # the tones lie below 1,000 Hz
     assert "low-pass of as many numbers" in told and picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_s4d_vae_draws_the_norms_of_several_runs(tmp_path):
+    soundfile.write(tmp_path / "clip.wav", 0.3 * np.sin(np.arange(9000) * 0.1), 3000)
+    small = ["--model.init_args.model.init_args.widths", "[4,4,4,4]", "--model.init_args.model.init_args.num_blocks", "1"]
+    small += ["--data.init_args.clip_seconds", "0.2", "--data.init_args.batch_size", "2", "--trainer.log_every_n_steps", "1"]
+    for seed in ("0", "1"):
+        recipe = ["fit", "--config", "recipes/s4d_vae_classical.yaml", "--train", str(tmp_path / "clip.wav")]
+        data = ["--data.init_args.valid", "null", "--data.init_args.valid_fraction", "0.3", "--trainer.accelerator", "cpu"]
+        out = ["--out", str(tmp_path / seed), "--seed_everything", seed, "--steps", "3"]
+        assert main([*recipe, *data, *small, *out]) == 0
+    runs = [str(tmp_path / seed) for seed in ("0", "1")]
+    told = run("s4d_vae.py", *runs, "--picture", str(tmp_path / "norms.png"), "--json", str(tmp_path / "norms.json"))
+    rows = json.loads((tmp_path / "norms.json").read_text())["rows"]
+    norms = read_curves(tmp_path / "0")["gradient_norm/model"][1]
+    assert rows[0]["largest_norm"] == max(norms) > 0 and rows[0]["norms"] == rows[0]["steps"] == 3
+    assert [row["finite"] for row in rows] == [True, True] and rows[0]["largest_norm"] != rows[1]["largest_norm"]
+    assert 0 <= rows[0]["active_dimensions"] <= rows[0]["latent_channels"] == 32 and told.count("all finite") == 2
+    assert (tmp_path / "norms.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_codec_compares_models_on_clips(model, tmp_path):
+    (tmp_path / "clips").mkdir()
+    sounds = [0.3 * np.sin(np.arange(9000) * 0.1 * (number + 1)) * np.arange(9000) / 9000 for number in range(2)]
+    for number, sound in enumerate([*sounds, np.zeros(9000)]):
+        soundfile.write(tmp_path / "clips" / f"{number}.wav", sound, 4000)
+    told = run(
+        "codec.py", str(model), str(model), "--data", str(tmp_path / "clips"), "--seconds", "1", "--json",
+        str(tmp_path / "scores.json"),
+    )  # fmt: skip
+    first, second = json.loads((tmp_path / "scores.json").read_text())["rows"]
+    built = load(model)
+    heard = [read_audio(tmp_path / "clips" / f"{n}.wav")[0][None, :, s : s + 4000] for n in range(2) for s in (0, 4000)]
+    with torch.no_grad():
+        made = [built(clip) for clip in heard]
+    for name, metric in (("mel_distance", lambda m, clip: mel_distance(m, clip, 4000)), ("si_sdr_db", si_sdr)):
+        values = [metric(m, clip).item() for m, clip in zip(made, heard, strict=True)]
+        assert first[name] == second[name] == pytest.approx(np.mean(values), rel=1e-4)
+        assert first[f"{name}_standard_error"] == pytest.approx(np.std(values, ddof=1) / 2, rel=1e-3)
+    assert first["clips"] == 4 and first["latent_numbers_a_second"] == 2000  # a silent file has none
+    assert first["encodes_times_real_time"] > 0 and "4 clips of 1 s" in told and told.count("| CausalAutoencoder, ") == 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from s4audio import CausalAutoencoder, S4DAutoencoder, S4Model
+from s4audio import S4DVAE, CausalAutoencoder, S4DAutoencoder, S4Model
 from s4audio.layers import (
     S4,
     S4D,
@@ -39,6 +39,10 @@ def autoencoder() -> CausalAutoencoder:
     return CausalAutoencoder(
         8000, strides=(2, 3), widths=(4, 6, 5), latent_channels=3, d_state=4, channels=CHANNELS, num_blocks=2
     )
+
+
+def variational() -> S4DVAE:
+    return S4DVAE(8000, strides=(2, 3), widths=(4, 6, 5), latent_channels=3, num_blocks=1, d_state=4, channels=CHANNELS)
 
 
 LAYERS = {
@@ -68,6 +72,7 @@ CAUSAL: dict[str, Callable[[], nn.Module]] = LAYERS | {
     "Pooled": lambda: Pooled(CHANNELS, 5, 3, GatedBlock(S4D(5, 8)), Pooled(5, 4, 2, S4D(4, 4)), FeedForward(5)),
     "S4Model's trunk": lambda: S4Model(CHANNELS, 10, d_model=4, num_layers=2, d_state=8, layer="S4").trunk,
     "CausalAutoencoder": autoencoder,
+    "S4DVAE": variational,
 }
 
 
@@ -127,9 +132,13 @@ def test_no_output_hears_the_future(name):
     module = make(name, torch.float64)
     u = torch.randn(1, CHANNELS, LENGTH, dtype=torch.float64)
     whole = module(u)
-    samples_in_frame = {"CausalConv1d stride": 3, "CausalConv1d kernel = stride": 2, "Chain": 2, "CausalAutoencoder": 6}.get(
-        name, 1
-    )
+    samples_in_frame = {
+        "CausalConv1d stride": 3,
+        "CausalConv1d kernel = stride": 2,
+        "Chain": 2,
+        "CausalAutoencoder": 6,
+        "S4DVAE": 6,
+    }.get(name, 1)
     changed_from = LENGTH // 2 // samples_in_frame * samples_in_frame  # the first sample of a frame
     changed = u.clone()
     changed[..., changed_from:] += 1

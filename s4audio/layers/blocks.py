@@ -289,5 +289,7 @@ def _streams(chain: nn.Module, module: nn.Module) -> bool:
         return True
     if isinstance(module, POINTWISE) or (isinstance(module, nn.Conv1d) and module.kernel_size == module.stride == (1,)):
         return False
+    if isinstance(module, nn.BatchNorm1d) and not module.training:  # then it scales by what it has counted
+        return False
     name = next(name for name, child in chain.named_children() if child is module)
     raise RuntimeError(f"module {name} of the chain, {module}, mixes samples and has no state to carry; it cannot stream.")

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from s4audio.audio import mel_filterbank
-from s4audio.losses import magnitude
+from s4audio.losses import log_mel, magnitude, mel_magnitude
 
 
 def si_sdr(estimate: Tensor, reference: Tensor) -> Tensor:
@@ -74,9 +73,8 @@ def mel_distance(estimate: Tensor, reference: Tensor, sample_rate: int) -> Tenso
     _check(estimate, reference)
     total = torch.zeros(estimate.shape[:-1], device=estimate.device)
     for n_mels, n_fft in ((150, 2048), (80, 512)):
-        filters = mel_filterbank(sample_rate, n_fft, n_mels).to(estimate)
-        mel_est, mel_ref = (filters.mT @ magnitude(audio, n_fft) for audio in (estimate, reference))
-        log_difference = 2 * (mel_est.clamp_min(1e-5).log10() - mel_ref.clamp_min(1e-5).log10())
+        mel_est, mel_ref = (mel_magnitude(audio, sample_rate, n_fft, n_mels) for audio in (estimate, reference))
+        log_difference = 2 * (log_mel(mel_est) - log_mel(mel_ref))
         total = total + log_difference.abs().mean((-2, -1)) + (mel_est - mel_ref).abs().mean((-2, -1))
     return total
 

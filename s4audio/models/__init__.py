@@ -12,16 +12,19 @@ from s4audio.models.autoencoder import (
     stream_latency,
 )
 from s4audio.models.classifier import Classifier, PatchS4Model, S4Model
+from s4audio.models.discriminator import Discriminator
 from s4audio.models.flow import Flow
 from s4audio.models.samplers import euler, heun
 from s4audio.models.sashimi import Generated, SaShiMi, SaShiMiState
-from s4audio.models.vae import ConvVAE
+from s4audio.models.vae import S4DVAE, ConvVAE
 from s4audio.models.wavenet import WaveNet
 
 __all__ = [
+    "S4DVAE",
     "CausalAutoencoder",
     "Classifier",
     "ConvVAE",
+    "Discriminator",
     "Flow",
     "Generated",
     "PatchS4Model",

@@ -61,10 +61,18 @@ class WaveformAutoencoder(nn.Module, ABC):
         """(B, channels, T) -> (B, channels, T)"""
         return self.decode(self.encode(audio), audio.shape[-1])
 
+    def reconstruct(self, audio: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """A training pass: (B, channels, T) again, and the named losses that are not of the waveform."""
+        return self(audio), {}
+
+    def estimate_and_losses(self, audio: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """A training pass: (B, channels, T) again, and all losses, first the reconstruction's, as named at construction."""
+        estimate, others = self.reconstruct(audio)
+        return estimate, {**{name: LOSSES[name](estimate, audio, self.sample_rate) for name in self.losses}, **others}
+
     def training_losses(self, audio: Tensor, label: Tensor | None = None) -> dict[str, Tensor]:
-        """The reconstruction losses named at construction; a label changes nothing."""
-        estimate = self(audio)
-        return {name: LOSSES[name](estimate, audio) for name in self.losses}
+        """The losses of `estimate_and_losses`; a label changes nothing."""
+        return self.estimate_and_losses(audio)[1]
 
     def vary(self, audio: Tensor, strength: float, generator: Generators = None) -> Tensor:
         """The clips again with noise mixed into the latent.
@@ -278,8 +286,8 @@ class CausalAutoencoder(WaveformAutoencoder):
         """Latent (B, D, F) -> (B, channels, F hop_length), cut to num_samples if that is given."""
         return self.decoder(latent)[..., :num_samples]
 
-    def training_losses(self, audio: Tensor, label: Tensor | None = None) -> dict[str, Tensor]:
-        """The reconstruction losses named at construction; also follows the latent's mean and size, for `sample`."""
+    def reconstruct(self, audio: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """As of WaveformAutoencoder; also follows the latent's mean and size, for `sample`."""
         latent = self.encode(audio)
         if self.training:
             with torch.no_grad():
@@ -288,8 +296,7 @@ class CausalAutoencoder(WaveformAutoencoder):
                 weight = (1 / self.num_batches).clamp_min(0.01)  # the mean of all batches, then of about the last hundred
                 self.latent_mean.lerp_(mean.unsqueeze(-1), weight)
                 self.latent_std.lerp_(std.unsqueeze(-1), weight)
-        estimate = self.decode(latent, audio.shape[-1])
-        return {name: LOSSES[name](estimate, audio) for name in self.losses}
+        return self.decode(latent, audio.shape[-1]), {}
 
     @torch.no_grad()
     def sample(

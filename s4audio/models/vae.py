@@ -1,6 +1,11 @@
-"""A convolutional variational autoencoder of raw waveforms: the baseline of reference system 4, and its judge."""
+"""Variational autoencoders of raw waveforms: the latent of a clip is a Gaussian, and the prior a standard normal.
+
+* `ConvVAE`: of convolutions; the baseline of reference system 4, and its judge.
+* `S4DVAE`: the encoder and decoder of `CausalAutoencoder`, which stream.
+"""
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -8,17 +13,63 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from s4audio.layers import ChannelNorm, Residual
-from s4audio.losses import LOSSES
-from s4audio.models.autoencoder import Generators, WaveformAutoencoder, check_losses, check_sample_rate, check_stages, noise
+from s4audio.models.autoencoder import (
+    CausalAutoencoder,
+    Generators,
+    WaveformAutoencoder,
+    check_losses,
+    check_sample_rate,
+    check_stages,
+    noise,
+)
 
 LOG_VARIANCE = (-12.0, 4.0)  # beyond these a posterior is a point or noise, and its exponential a danger
 
 
-class ConvVAE(WaveformAutoencoder):
+class VariationalAutoencoder(WaveformAutoencoder):
+    """What a VAE is beside its networks: a draw from the posterior of `posterior`, its distance to the prior, and samples.
+
+    Source: Kingma and Welling 2014, "Auto-encoding variational Bayes"; free bits from Kingma et al. 2016, "Improved
+    variational inference with inverse autoregressive flow".
+    """
+
+    latent_channels: int
+    free_nats: float
+
+    @abstractmethod
+    def posterior(self, audio: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, channels, T) -> mean and log variance of the latent, each (B, D, ceil(T / hop_length))"""
+
+    def reconstruct(self, audio: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """(B, channels, T) from a draw of the posterior, and its `kl` to the prior, in nats per latent number."""
+        mean, log_variance = (v.to(audio.dtype) for v in self.posterior(audio))  # as exact as the audio, under autocast too
+        fixed = None if self.training else torch.Generator().manual_seed(0)  # validation: the same noise every time
+        drawn = noise(mean.shape, fixed).to(mean) if fixed else torch.randn_like(mean)
+        latent = mean + drawn * (0.5 * log_variance).exp()
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean((0, 2))  # (D,)
+        return self.decode(latent, audio.shape[-1]), {"kl": kl.clamp_min(self.free_nats).mean()}
+
+    @torch.no_grad()
+    def active_dimensions(self, audio: Tensor) -> int:
+        """How many latent channels say something about these clips: whose posterior mean has a variance above 0.01.
+
+        Source: Burda et al. 2016, "Importance weighted autoencoders", section 5.2.
+        """
+        return int((self.encode(audio).var((0, 2)) > 0.01).sum())
+
+    @torch.no_grad()
+    def sample(
+        self, batch_size: int, num_samples: int, *, label: Tensor | None = None, generator: Generators = None
+    ) -> Tensor:
+        """(B, channels, num_samples) from a latent drawn from the prior."""
+        shape = (batch_size, self.latent_channels, -(-num_samples // self.hop_length))
+        return self.decode(noise(shape, generator).to(next(self.parameters())), num_samples)
+
+
+class ConvVAE(VariationalAutoencoder):
     """Convolutional VAE: ConvNeXt blocks between strided convolutions, a Gaussian for each latent number, and back.
 
-    The prior is a standard normal of every latent number, so that `sample` decodes white noise. The convolutions look ahead
-    as far as back: it does not stream.
+    The convolutions look ahead as far as back: it does not stream.
 
     Args:
         sample_rate: of the audio it is trained on, in Hz.
@@ -33,8 +84,7 @@ class ConvVAE(WaveformAutoencoder):
     Raises:
         ValueError: widths and strides that do not fit, an argument outside its range, or an unknown loss.
 
-    Source: Kingma and Welling 2014, "Auto-encoding variational Bayes"; free bits from Kingma et al. 2016, "Improved
-    variational inference with inverse autoregressive flow"; the blocks from Liu et al. 2022, "A ConvNet for the 2020s".
+    Source: as VariationalAutoencoder; the blocks from Liu et al. 2022, "A ConvNet for the 2020s".
     """
 
     def __init__(
@@ -86,32 +136,67 @@ class ConvVAE(WaveformAutoencoder):
         """Latent (B, D, F) -> (B, channels, F hop_length), cut to num_samples if that is given."""
         return self.decoder(latent)[..., :num_samples]
 
-    def training_losses(self, audio: Tensor, label: Tensor | None = None) -> dict[str, Tensor]:
-        """The reconstruction losses of a draw from the posterior, and `kl` to the prior, in nats per latent number."""
-        mean, log_variance = self.posterior(audio)
-        fixed = None if self.training else torch.Generator().manual_seed(0)  # validation: the same noise every time
-        drawn = noise(mean.shape, fixed).to(mean) if fixed else torch.randn_like(mean)
-        latent = mean + drawn * (0.5 * log_variance).exp()
-        estimate = self.decode(latent, audio.shape[-1])
-        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean((0, 2))  # (D,)
-        losses = {name: LOSSES[name](estimate, audio) for name in self.losses}
-        return {**losses, "kl": kl.clamp_min(self.free_nats).mean()}
 
-    @torch.no_grad()
-    def active_dimensions(self, audio: Tensor) -> int:
-        """How many latent channels say something about these clips: whose posterior mean has a variance above 0.01.
+class S4DVAE(VariationalAutoencoder, CausalAutoencoder):
+    """The encoder and decoder of `CausalAutoencoder`, with a Gaussian for each latent number.
 
-        Source: Burda et al. 2016, "Importance weighted autoencoders", section 5.2.
-        """
-        return int((self.encode(audio).var((0, 2)) > 0.01).sum())
+    What keeps it from exploding or vanishing: the posterior is read from channels that are normalized frame by frame,
+    however much the blocks before have added up; its mean is normalized over batch and time, channel by channel, so that a
+    latent begins with a variance of 1 and is heard above the noise of the draw; the log variance begins in the middle of its
+    bounds, and comes near them so gently that the `kl` can bring it back; and a channel may say `free_nats` for nothing. The
+    task does its part: a `kl` that warms up, a learning rate of their own for the state spaces' dynamics, clipping.
 
-    @torch.no_grad()
-    def sample(
-        self, batch_size: int, num_samples: int, *, label: Tensor | None = None, generator: Generators = None
-    ) -> Tensor:
-        """(B, channels, num_samples) from a latent drawn from the prior."""
-        shape = (batch_size, self.latent_channels, -(-num_samples // self.hop_length))
-        return self.decode(noise(shape, generator).to(next(self.parameters())), num_samples)
+    It streams if it is not bidirectional, by the mean of the posterior.
+
+    Args:
+        sample_rate: as all of what follows but free_nats, of CausalAutoencoder.
+        free_nats: what a latent channel may say for nothing, in nats a frame: below it the `kl` loss does not push.
+
+    Raises:
+        ValueError: as CausalAutoencoder; free_nats is negative.
+
+    Source: as VariationalAutoencoder; the norm of the mean from Zhu et al. 2020, "A batch normalized inference network keeps
+    the KL vanishing away", with a scale that is learned; the network is ours.
+    """
+
+    def __init__(
+        self,
+        sample_rate: int,
+        *,
+        strides: Sequence[int] = (4, 4, 8),
+        widths: Sequence[int] = (32, 96, 192, 192),
+        latent_channels: int = 32,
+        num_blocks: int | Sequence[int] = (0, 2, 4, 4),
+        d_state: int = 32,
+        free_nats: float = 0.05,
+        channels: int = 1,
+        losses: Sequence[str] = ("l1", "stft"),
+        discretization: str = "zoh",
+        init: str = "lin",
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+        bidirectional: bool = False,
+    ) -> None:
+        super().__init__(
+            sample_rate, strides=strides, widths=widths, latent_channels=latent_channels, num_blocks=num_blocks,
+            d_state=d_state, channels=channels, losses=losses, discretization=discretization, init=init, dt_min=dt_min,
+            dt_max=dt_max, bidirectional=bidirectional,
+        )  # fmt: skip
+        if free_nats < 0:
+            raise ValueError(f"free_nats is {free_nats}; wanted 0 or more.")
+        self.free_nats = free_nats
+        self.encoder.insert(-1, ChannelNorm(widths[-1]))  # in front of the Linear that makes the mean
+        self.encoder.append(nn.BatchNorm1d(latent_channels))
+        self.log_variance = nn.Conv1d(widths[-1], latent_channels, 1)  # before it is bounded
+        for parameter in self.log_variance.parameters():
+            nn.init.zeros_(parameter)
+
+    def posterior(self, audio: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, channels, T) -> mean and log variance of the latent, each (B, D, ceil(T / hop_length))"""
+        heard = self.encoder[:-2](F.pad(audio, (0, -audio.shape[-1] % self.hop_length)))
+        low, high = LOG_VARIANCE
+        middle, reach = (low + high) / 2, (high - low) / 2
+        return self.encoder[-2:](heard), middle + reach * torch.tanh(self.log_variance(heard) / reach)
 
 
 def _blocks(width: int, num_blocks: int) -> list[nn.Module]:

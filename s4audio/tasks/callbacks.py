@@ -242,7 +242,7 @@ class Progress(lightning.Callback):
     def on_train_batch_end(self, trainer: lightning.Trainer, task: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._tell(trainer.global_step, task)
         self.done += self.size(batch)
-        self.step_loss = outputs["loss"]
+        self.outputs = outputs
         now = time.monotonic()
         if self.bar is not None:
             self.bar.update(self.row, completed=trainer.global_step, text=self._text(trainer))
@@ -250,7 +250,9 @@ class Progress(lightning.Callback):
             self._print_line(trainer)
 
     def _tell(self, step: int, task: Any) -> None:
-        """Says that a batch did not fit into memory, or that an update was left out."""
+        """Says what the task has to say, that a batch did not fit into memory, or that an update was left out."""
+        while task.news:
+            self._print(f"step {step}: {task.news.pop(0)}")
         if task.parts != self.parts:
             self.parts = task.parts
             self._print(
@@ -273,7 +275,8 @@ class Progress(lightning.Callback):
 
     def _text(self, trainer: lightning.Trainer) -> str:
         speed = self.done / max(time.monotonic() - self.started - self.validating, 1e-9)
-        return f"loss {float(self.step_loss):.4g}, {speed:,.0f} {self.unit} a second"
+        values = ", ".join(f"{name} {float(value):.4g}" for name, value in self.outputs.items())
+        return f"{values}, {speed:,.0f} {self.unit} a second"
 
     def on_validation_start(self, trainer: lightning.Trainer, task: lightning.LightningModule) -> None:
         self.validation_started = time.monotonic()

@@ -109,6 +109,7 @@ class TrainingTask(lightning.LightningModule):
         self.parts = 1  # into which a batch is divided
         self.on_nan, self.skipped, self.skipped_in_a_row = on_nan, 0, 0
         self.why_skipped = ""
+        self.news: list[str] = []  # sentences for whoever watches, until they are shown
         self.seen: list[Seen] = []  # since the last step
         self.buffers_before: list[Tensor] = []  # of that step, such as what the model knows of its latent, to skip it
         self.unchecked: tuple[Step, Any] | None = None  # the last step, with its number on its way to the CPU
@@ -126,9 +127,18 @@ class TrainingTask(lightning.LightningModule):
         """The model that is scored and saved: the average of the weights, if there is one."""
         return self.average or self.model
 
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """What is trained, by name; the gradient of each is clipped by itself."""
+        return {"model": self.model}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Of the optimizer: the parameters of all networks, with their learning rates and weight decay."""
+        return parameter_groups(self.model, self.lr, self.ssm_lr, self.weight_decay)
+
     def configure_optimizers(self) -> Any:
-        """AdamW over two parameter groups, and the schedule."""
-        groups = parameter_groups(self.model, self.lr, self.ssm_lr, self.weight_decay)
+        """AdamW over the parameter groups, and the schedule."""
+        groups = self.parameter_groups()
         scaled = self.trainer.precision == "16-mixed"  # a fused optimizer unscales gradients itself, after they are clipped
         fused = next(self.parameters()).is_cuda and not scaled
         optimizer = torch.optim.AdamW(groups, betas=self.betas, fused=fused or None)
@@ -153,17 +163,30 @@ class TrainingTask(lightning.LightningModule):
         """Clips as the trainer's own would, which refuses a fused optimizer in mixed precision also where no gradient is
         scaled; and looks whether losses and gradients are numbers, by the norm that clipping needs.
 
+        The norm before clipping is logged when the logger writes.
+
         Raises:
             DivergenceError: they are not, and the training is to stop.
         """
-        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        norms = torch.stack(torch._foreach_norm([parameter.grad for parameter in parameters]))
-        norm = torch.linalg.vector_norm(norms)
-        if gradient_clip_val and gradient_clip_algorithm == "value":
-            nn.utils.clip_grad_value_(parameters, gradient_clip_val)
-        elif gradient_clip_val:
-            nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
-        self._check(parameters, norms, norm)
+        trainer: Any = self.trainer
+        every = trainer.log_every_n_steps
+        logs = every and (self.global_step + 1) % every == 0
+        parameters: list[nn.Parameter] = []
+        norms: list[Tensor] = []  # of the gradient of each
+        for name, network in self.networks.items():
+            own = [parameter for parameter in network.parameters() if parameter.grad is not None]
+            if not own:  # it has no part in this step
+                continue
+            own_norms = torch.stack(torch._foreach_norm([p.grad for p in own if p.grad is not None]))
+            norm = torch.linalg.vector_norm(own_norms)
+            if gradient_clip_val and gradient_clip_algorithm == "value":
+                nn.utils.clip_grad_value_(own, gradient_clip_val)
+            elif gradient_clip_val:
+                nn.utils.clip_grads_with_norm_(own, gradient_clip_val, norm)
+            if logs:
+                self.log(f"gradient_norm/{name}", norm)
+            parameters, norms = parameters + own, [*norms, own_norms]
+        self._check(parameters, torch.cat(norms))
 
     def on_fit_start(self) -> None:
         losses: Any = self.losses
@@ -188,7 +211,7 @@ class TrainingTask(lightning.LightningModule):
             torch.OutOfMemoryError: a batch of one does not fit either.
         """
         if self.on_nan == "skip" and not self.seen:
-            self.buffers_before = [buffer.clone() for buffer in self.model.buffers()]
+            self.buffers_before = [buffer.clone() for network in self.networks.values() for buffer in network.buffers()]
         total, losses = self._total_and_losses(batch)
         losses = {name: loss.detach() for name, loss in losses.items()}
         self.seen.append((batch, total.detach(), losses))
@@ -215,15 +238,15 @@ class TrainingTask(lightning.LightningModule):
         """Whether there is a CUDA graph for the batch; captures it from the first."""
         wanted = self.cuda_graph and batch[0].is_cuda and self.parts == self.trainer.accumulate_grad_batches == 1
         if wanted and self.graph is None:
-            self.graph = LossGraph(self.model, self._losses, batch)
+            self.graph = LossGraph(nn.ModuleList(self.networks.values()), self._losses, batch)
         return wanted and self.graph is not None and self.graph.takes(batch)
 
     def _in_parts(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean of total and losses over the parts of a batch, with its gradient."""
         accumulated = self.trainer.accumulate_grad_batches
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        parameters = [p for network in self.networks.values() for p in network.parameters() if p.requires_grad]
         before = [parameter.grad if accumulated > 1 else None for parameter in parameters]
-        self.model.zero_grad()
+        self.zero_grad()
         total, means = torch.zeros((), device=batch[0].device), dict[str, Tensor]()
         try:
             for part in zip(*(v.chunk(self.parts) for v in batch), strict=True):
@@ -264,14 +287,14 @@ class TrainingTask(lightning.LightningModule):
             (step, copied), self.unchecked = self.unchecked, None
             copied.synchronize()
             if not math.isfinite(step.number):
-                raise _divergence(step, self.model)
+                raise _divergence(step, self)
 
-    def _check(self, parameters: list[nn.Parameter], norms: Tensor, norm: Tensor) -> None:
+    def _check(self, parameters: list[nn.Parameter], norms: Tensor) -> None:
         """Of the step that is about to be made; or, on a GPU, of the one before."""
         seen, self.seen = self.seen, []
         numbers = [total for _, total, _ in seen]
         if self.trainer.precision != "16-mixed":  # whose scaler tries how far it can go, and leaves out such steps itself
-            numbers.append(norm)
+            numbers.append(torch.linalg.vector_norm(norms))
         number = torch.stack(numbers).sum()
         if self.trainer.world_size > 1:  # all devices leave out an update, or none
             reduced: Any = self.trainer.strategy.reduce(number, reduce_op="sum")
@@ -286,7 +309,7 @@ class TrainingTask(lightning.LightningModule):
         elif math.isfinite(number):
             self.skipped_in_a_row = 0
         else:
-            self._skip(_divergence(step, self.model))
+            self._skip(_divergence(step, self))
 
     def _skip(self, error: DivergenceError) -> None:
         """Leave the update out."""
@@ -299,11 +322,12 @@ class TrainingTask(lightning.LightningModule):
                 f"{self.skipped_in_a_row} steps in a row were left out; of the last, {error}", error.batches
             )
         self.zero_grad()  # AdamW leaves alone what has no gradient
-        for buffer, before in zip(self.model.buffers(), self.buffers_before, strict=True):
+        buffers = [buffer for network in self.networks.values() for buffer in network.buffers()]
+        for buffer, before in zip(buffers, self.buffers_before, strict=True):
             buffer.copy_(before)
 
 
-def _divergence(step: Step, model: nn.Module) -> DivergenceError:
+def _divergence(step: Step, task: TrainingTask) -> DivergenceError:
     """Says what is not finite: the first such loss, or the gradient that is nearest to the loss."""
     batches = [batch for batch, _, _ in step.seen]
     for batch, total, losses in step.seen:
@@ -312,7 +336,7 @@ def _divergence(step: Step, model: nn.Module) -> DivergenceError:
             what, batches = f"the {name} loss is {float(loss)}", [batch]
             break
     else:
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        names = {id(parameter): name.removeprefix("model.") for name, parameter in task.named_parameters()}
         what = f"the norm of the gradient is {float(torch.linalg.vector_norm(step.norms))}"
         bad = torch.isfinite(step.norms).logical_not().nonzero().flatten().tolist()
         if bad:  # a backward pass comes from the end: what is before it may only have caught it

@@ -19,6 +19,7 @@ from s4audio.cli import main
 from s4audio.cli.run_page import read_curves
 from s4audio.tasks import Progress
 from tests.cli.commands import RECIPE, without_pictures
+from tests.cli.test_fit_adversarial import adversarial
 from tests.cli.test_fit_images import RECIPE as CLASSIFIER
 from tests.cli.test_fit_images import images  # noqa: F401, a fixture
 
@@ -111,6 +112,12 @@ def generator(folder: Path) -> list[str]:
     return ["--config", RECIPE, *data, *schedule, *trainer, "--save_every", str(SAVE_EVERY)]
 
 
+def judged(audio: Path, folder: Path) -> list[str]:
+    """A generator with a discriminator from step 5 on."""
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(adversarial(audio)))
+    return ["--config", str(folder / "recipe.yaml"), "--steps", str(STEPS), "--save_every", str(SAVE_EVERY)]
+
+
 def classifier(images: Path, folder: Path) -> list[str]:  # noqa: F811
     """With dropout, an average of the weights, accumulated gradients and early stopping, at step 20 of 60."""
     recipe = json.loads(json.dumps(CLASSIFIER))
@@ -164,6 +171,12 @@ def test_a_generator_killed_at_a_random_moment(folder, tmp_path):
     recipe = generator(folder)
     whole, seconds = whole_run(recipe, tmp_path / "whole")
     assert kill_at_random(recipe, tmp_path / "run", whole, seconds, random.Random(0)) >= 1
+
+
+def test_a_generator_and_its_discriminator_killed_at_a_random_moment(folder, tmp_path):
+    recipe = judged(folder, tmp_path)
+    whole, seconds = whole_run(recipe, tmp_path / "whole")
+    assert kill_at_random(recipe, tmp_path / "run", whole, seconds, random.Random(1)) >= 1
 
 
 def test_a_classifier_killed_between_its_files(images, tmp_path):  # noqa: F811

@@ -1,5 +1,6 @@
 """CUDA graphs of the training step against the same training without."""
 
+import copy
 from typing import Any
 
 import lightning
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch.nn.utils import parameters_to_vector
 
-from s4audio import CausalAutoencoder, ConvVAE, Flow
+from s4audio import S4DVAE, CausalAutoencoder, ConvVAE, Flow
 from s4audio.models import PatchS4Model, S4Model
 from s4audio.tasks import ClassificationTask, DivergenceError, GenerativeTask, TrainingTask
 from s4audio.tasks.graph import LossGraph, laid_out
@@ -41,8 +42,10 @@ def clips(number: int, length: int) -> torch.utils.data.DataLoader:
 def models() -> list[torch.nn.Module]:
     torch.manual_seed(1)
     autoencoder = CausalAutoencoder(8000, strides=(4,), widths=(8, 16), num_blocks=(0, 1), latent_channels=4, d_state=8)
-    vae = ConvVAE(8000, strides=(4,), widths=(8, 16), latent_channels=4, num_blocks=1)
-    return [autoencoder, vae, Flow(8000, autoencoder=vae, strides=(4,), widths=(8, 16), num_blocks=1, d_state=8)]
+    size = {"strides": (4,), "widths": (8, 16), "latent_channels": 4, "num_blocks": 1}
+    vae = ConvVAE(8000, **size)
+    flow = Flow(8000, autoencoder=copy.deepcopy(vae), strides=(4,), widths=(8, 16), num_blocks=1, d_state=8)
+    return [autoencoder, vae, S4DVAE(8000, **size, d_state=8, losses=("l1", "stft", "mel")), flow]
 
 
 def classifying(index: int, dropout: float = 0.1, **options) -> ClassificationTask:
@@ -93,7 +96,7 @@ def compare(plain: TrainingTask, task: TrainingTask, batches: Any, captured: lis
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("index", [0, 1, 2])
+@pytest.mark.parametrize("index", [0, 1, 2, 3])
 def test_gpu_the_graph_trains_the_same_generator(index, captured):
     batches = clips(42, 4096)  # the last of eleven is smaller, and not in the graph
     compare(generative(index, cuda_graph=False), generative(index), batches, captured, 10)

@@ -87,6 +87,22 @@ def test_steps_are_those_of_a_plain_loop():
     assert equal(dict(task.model.state_dict()), dict(model.state_dict()))
 
 
+def test_the_norm_of_the_gradient_before_clipping_is_logged_when_the_logger_writes():
+    class Seen(lightning.Callback):
+        def __init__(self) -> None:
+            self.wanted: list[float] = []
+
+        def on_before_optimizer_step(self, trainer, task, optimizer) -> None:
+            self.wanted.append(float(torch.cat([p.grad.flatten() for p in task.model.parameters()]).norm()))
+
+    seen = Seen()
+    trainer = train(generative(), clips(2), seen, gradient_clip_val=0.01, log_every_n_steps=3)
+    assert "gradient_norm/model" not in trainer.callback_metrics
+    trainer = train(generative(), clips(4), seen, gradient_clip_val=0.01, log_every_n_steps=3)
+    assert float(trainer.callback_metrics["gradient_norm/model"]) == pytest.approx(seen.wanted[2 + 2], rel=1e-5)
+    assert seen.wanted[2 + 2] > 0.1  # and clipped after that
+
+
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_a_loss_that_is_no_number_stops_before_the_weights_change(accumulated):
     batches = clips(8)
