@@ -11,7 +11,7 @@ import soundfile
 import torch
 from PIL import Image
 
-from s4audio import CausalAutoencoder, SaShiMi, load, save
+from s4audio import CausalAutoencoder, Flow, SaShiMi, load, save
 from s4audio.audio import quantize, read_audio
 from s4audio.cli import main
 from s4audio.cli.run_page import read_curves
@@ -299,3 +299,64 @@ def test_the_speed_of_generation_is_measured(tmp_path):
     told = run("bench/generate_speed.py", "--batch", "2", "--samples", "40", "--repeats", "1", "--json", str(tmp_path / "f"))
     (row,) = json.loads((tmp_path / "f").read_text())["rows"]
     assert row["samples_a_second"] == pytest.approx(2 * 1e3 / row["ms_a_step"]) and "batch 2" in told
+
+
+def write_words(folder: Path, per_class: int, seed: int) -> None:
+    """Two classes of clips at 8 kHz: low tones and high ones, of many pitches, lengths and levels."""
+    rng = np.random.default_rng(seed)
+    for name, low in (("high", 2000), ("low", 200)):
+        (folder / name).mkdir(parents=True)
+        for number in range(per_class):
+            time = np.arange(rng.integers(3000, 9000)) / 8000
+            tone = rng.uniform(0.1, 0.8) * np.sin(2 * np.pi * low * rng.uniform(1, 1.5) * time)
+            soundfile.write(folder / name / f"{number}.wav", tone, 8000)
+
+
+def test_generators_are_scored_beside_what_training_clips_score(tmp_path):
+    write_words(tmp_path / "train", 4, 0)
+    write_words(tmp_path / "test", 3, 1)
+    size = {"strides": (2,), "widths": (4, 4), "d_state": 4}
+    for name, seed in (("judge", 0), ("net", 1)):
+        torch.manual_seed(seed)
+        save(CausalAutoencoder(8000, **size, latent_channels=2), tmp_path / name)
+    save(Flow(8000, **size, num_blocks=1, classes=("high", "low")), tmp_path / "flow")
+    common = ["--train", str(tmp_path / "train"), "--test", str(tmp_path / "test"), "--judge", str(tmp_path / "judge")]
+    models = ["--model", f"net={tmp_path / 'net'}", "--model", f"flow={tmp_path / 'flow'}"]
+    told = run("generators.py", *common, *models, "--out", str(tmp_path / "out"), "--seconds", "1.1", "--clips", "5")
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert (scores["train_clips"], scores["test_clips"]) == (8, 6)  # each shorter than a clip, and filled up
+    assert sorted(file.name for file in (tmp_path / "out" / "flow").iterdir()) == [
+        "high_00000.wav", "high_00002.wav", "high_00004.wav", "low_00001.wav", "low_00003.wav"
+    ]  # fmt: skip
+    made, rate = soundfile.read(tmp_path / "out" / "net" / "00003.wav")
+    with torch.no_grad():
+        wanted = load(tmp_path / "net").sample(1, 8800, generator=torch.Generator().manual_seed(3))[0, 0]
+    assert rate == 8000 and np.abs(made - wanted.clamp(-1, 1).numpy()).max() < 2 / 2**15
+    for row in scores["rows"]:
+        assert row["log_mel"]["train_against_test"]["kad"] < row["log_mel"]["kad"] and row["clips"] == 5
+        assert row["log_mel"]["share_nearer_to_train_than_1_percent_of_test"] == 0
+    seams = {row["model"]: row["seams"] for row in scores["rows"]}
+    assert seams["net"] == {} and seams["flow"]["inpaint_share_of_borders_beyond"] == 0
+    assert 0 < seams["flow"]["continue_largest_step_against_elsewhere"] < 1
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("<audio") == 12 and "flow: 5 clips of 1.1 s" in told
+    command = [sys.executable, "evaluation/generators.py", *common, "--model", f"judge={tmp_path / 'judge'}"]
+    refused = subprocess.run([*command, "--out", str(tmp_path / "o")], cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 1 and "the judge is judge itself" in refused.stderr
+
+
+def test_words_are_recognized_by_a_classifier_of_recordings(tmp_path):
+    write_words(tmp_path / "train", 32, 0)
+    write_words(tmp_path / "test", 5, 1)
+    write_words(tmp_path / "words", 4, 2)
+    made = tmp_path / "made"  # named by their class, of which half are wrong
+    made.mkdir()
+    for number, file in enumerate(sorted((tmp_path / "words").rglob("*.wav"))):
+        file.rename(made / f"{('high', 'low')[number % 2]}_0_{number:03d}.wav")
+    common = ["--train", str(tmp_path / "train"), "--test", str(tmp_path / "test")]
+    run("recognize.py", *common, "--generated", str(made), "--json", str(tmp_path / "found.json"))
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["classes"] == ["high", "low"] and found["folders"][str(tmp_path / "test")]["accuracy"] == 1
+    of_made = found["folders"][str(made)]
+    assert of_made["accuracy"] == 0.5 and of_made["clips"] == 8
+    assert of_made["standard_error"] == pytest.approx((0.25 / 8) ** 0.5)
