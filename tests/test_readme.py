@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import yaml
 from PIL import Image
 
 from s4audio.cli import main
@@ -65,7 +66,13 @@ def test_commands_of_the_readme_run_in_their_order(tmp_path, monkeypatch):
     for number in range(16):
         tone = 0.3 * np.sin(np.arange(8000) * 0.05 * (number + 1))
         soundfile.write(tmp_path / "MY_RECORDINGS" / f"{number}.wav", tone, 16_000)
-    soundfile.write(tmp_path / "MY_RECORDING.wav", tone, 16_000)
+    for name in ("MY_RECORDING.wav", "ANOTHER.wav"):
+        soundfile.write(tmp_path / name, np.tile(tone, 8), 16_000)
+    flow = yaml.safe_load((ROOT / "recipes" / "flow_classical_3k.yaml").read_text())
+    flow["model"]["init_args"]["model"]["init_args"] |= {"widths": [4, 4, 8], "num_blocks": 1, "d_state": 4}
+    flow["data"]["init_args"] |= {"valid": None, "clip_seconds": 0.5, "batch_size": 2}
+    flow["trainer"] |= {"accelerator": "cpu", "max_steps": 1, "val_check_interval": 1}
+    (tmp_path / "small_flow.yaml").write_text(yaml.safe_dump(flow))
     for split, number in (("train", 3), ("test", 1)):
         for label in range(10):
             (tmp_path / "CIFAR10" / split / str(label)).mkdir(parents=True)
@@ -90,7 +97,10 @@ def test_commands_of_the_readme_run_in_their_order(tmp_path, monkeypatch):
         if len(arguments) == 1 and arguments[0] not in ("demo", "doctor"):  # a verb in running text
             continue
         if arguments[0] == "train":
-            arguments = [{"--minutes": "--steps", "10": "1"}.get(argument, argument) for argument in arguments]
+            arguments = [
+                {"--minutes": "--steps", "10": "1", "flow_classical_3k": "small_flow.yaml"}.get(argument, argument)
+                for argument in arguments
+            ]
         if arguments[0] == "fit":
             arguments += (QUICK_IMAGES if "--root" in arguments else QUICK).split()
         try:
