@@ -89,7 +89,7 @@ class Flow(nn.Module):
         self.strides, self.widths, self.d_state = tuple(strides), tuple(widths), d_state
         self.num_blocks = num_blocks if isinstance(num_blocks, int) else tuple(num_blocks)
         self.dt_min, self.dt_max = dt_min, dt_max
-        self.autoencoder = None if autoencoder is None else autoencoder.requires_grad_(False)
+        self.autoencoder = None if autoencoder is None else autoencoder.eval().requires_grad_(False)
         self.frame = 1 if autoencoder is None else autoencoder.hop_length  # samples of a point of the data
         self.hop_length = self.frame * math.prod(strides)  # and of the innermost stage
         dims: int = channels if autoencoder is None else autoencoder.latent_channels
@@ -137,6 +137,13 @@ class Flow(nn.Module):
         for up, blocks in zip(reversed(self.up), reversed(self.blocks_up), strict=True):
             u = _through(blocks, up(u) + kept.pop(), embedding)
         return self.leave(u)[..., :length]
+
+    def train(self, mode: bool = True) -> "Flow":
+        """As of nn.Module; but the autoencoder is not trained, and counts nothing of what it hears."""
+        super().train(mode)
+        if self.autoencoder is not None:
+            self.autoencoder.eval()
+        return self
 
     def training_losses(self, audio: Tensor, label: Tensor | None = None) -> dict[str, Tensor]:
         """`flow`, the mean squared error of the velocity at a random time; also follows the size of the data.
@@ -264,7 +271,7 @@ class Flow(nn.Module):
             velocity = made if time == PASSES[-1] else _with_known(made, free, data - drawn)
             times = flow_times(math.ceil(num_steps * (1 - time)), time)
             x = self._solved(velocity, torch.lerp(drawn, torch.where(free, x, data), time), times)
-        fade = round(FADE_SECONDS * self.sample_rate)
+        fade = min(round(FADE_SECONDS * self.sample_rate), stop - start - 1)  # what one border moves stays off the other
         return torch.where(outside, audio, _joined(audio, self._audio(x, length), start, stop, fade))
 
     def continue_(

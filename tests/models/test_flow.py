@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from s4audio import CausalAutoencoder, ConvVAE, Flow, S4Model
+from s4audio import S4DVAE, CausalAutoencoder, ConvVAE, Flow, S4Model
 from s4audio.models import euler
 from s4audio.tasks.optim import parameter_groups
 from tests.models.test_samplers import gaussian_velocity
@@ -97,6 +97,17 @@ def test_data_are_normalized_by_all_that_was_seen(name):
     before = model.data_square.clone()
     model.eval().training_losses(batches[0])
     assert torch.equal(model.data_square, before)
+
+
+def test_the_autoencoder_is_kept_as_it_is():
+    """Also its norm over batches, which in training would count them; and what it says of a clip is of that clip alone."""
+    autoencoder = S4DVAE(8000, strides=(2, 4), widths=(4, 4, 6), latent_channels=3, num_blocks=1, d_state=4)
+    model = flow(autoencoder=autoencoder).train()
+    before = {name: value.clone() for name, value in autoencoder.state_dict().items()}
+    audio = torch.randn(3, 1, 400)
+    model.training_losses(audio)
+    assert model.training and all(torch.equal(value, before[name]) for name, value in autoencoder.state_dict().items())
+    torch.testing.assert_close(model._data(audio)[:1], model._data(audio[:1]))
 
 
 def test_labels_are_withheld_at_their_share(monkeypatch):
@@ -213,6 +224,17 @@ def test_what_is_made_is_moved_to_where_the_audio_is(name, monkeypatch):
     made = model.inpaint(torch.zeros(1, 1, 1000), 300, 700, num_steps=1)[0, 0]
     assert made.diff().abs().max() == pytest.approx(0.5 / 160, rel=1e-3)
     assert (made[460:540] == 0.5).all() and (made[:301] == 0).all() and (made[699:] == 0).all()
+
+
+@pytest.mark.parametrize("length", [2, 9, 100, 161])
+def test_the_borders_of_a_short_span_have_no_seam(length, monkeypatch):
+    """From 0 on the left to 1 on the right of what would be 0.5 and shorter than both fades."""
+    model = flow().eval()
+    monkeypatch.setattr(model, "_audio", lambda x, num_samples: torch.full((1, 1, num_samples), 0.5))
+    audio = (torch.arange(1000) >= 300 + length).float().view(1, 1, -1)
+    made = model.inpaint(audio, 300, 300 + length, num_steps=1)[0, 0]
+    assert made[300] == pytest.approx(0, abs=1e-6) and made[299 + length] == pytest.approx(1, abs=1e-6)
+    assert (made.diff() > -1e-6).all()
 
 
 @pytest.fixture(scope="module")
