@@ -150,19 +150,19 @@ class Flow(nn.Module):
 
         Validation takes the same noise and times for every batch, so that it shows the model and not the draw.
         """
-        data = self._data(audio).float()
+        data = self._data(audio).to(self.data_mean.dtype)  # also where autocast computes the latent in half of it
         if self.training:
             self._follow(data)
-            time, drawn = torch.rand(len(data), device=data.device), torch.randn_like(data)
+            time, drawn = torch.rand_like(data[:, 0, 0]), torch.randn_like(data)
             if label is not None:
                 withheld = torch.rand(label.shape, device=label.device) < self.label_dropout
                 label = torch.where(withheld, len(self.classes), label)
         else:
-            time = (torch.arange(len(data), device=data.device) + 0.5) / len(data)
+            time = (torch.arange(len(data)).to(data) + 0.5) / len(data)
             drawn = noise(data.shape, torch.Generator().manual_seed(0)).to(data)
         data = self._normalized(data)
         x = torch.lerp(drawn, data, time.view(-1, 1, 1))
-        return {"flow": F.mse_loss(self(x, time, label).float(), data - drawn)}
+        return {"flow": F.mse_loss(self(x, time, label).to(x.dtype), data - drawn)}
 
     @torch.no_grad()
     def sample(
@@ -337,6 +337,8 @@ class Flow(nn.Module):
         both = torch.cat([label, torch.full_like(label, len(self.classes))])
 
         def velocity(x: Tensor, t: float) -> Tensor:
+            if len(label) != len(x):
+                raise ValueError(f"label has {len(label)} numbers for {len(x)} clips; wanted one for each.")
             if guidance == 1:
                 return self(x, x.new_full((len(x),), t), label)
             guided, free = self(x.repeat(2, 1, 1), x.new_full((2 * len(x),), t), both).chunk(2)

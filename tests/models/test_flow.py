@@ -357,3 +357,14 @@ def test_wrong_requests_are_refused(call, message):
 def test_labels_without_classes_are_refused():
     with pytest.raises(ValueError, match="there are labels, but the model has no classes"):
         flow().training_losses(torch.zeros(1, 1, 8), torch.tensor([0]))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_one_label_for_several_clips_is_refused(guidance):
+    with pytest.raises(ValueError, match="label has 1 numbers for 3 clips; wanted one for each"):
+        flow(classes=("a", "b")).sample(3, 20, label=torch.tensor([1]), guidance=guidance)
+
+
+def test_double_precision_trains(model):
+    model.double().train().training_losses(torch.randn(2, 1, 60, dtype=torch.float64))["flow"].backward()
+    assert {parameter.grad.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float64}
