@@ -18,6 +18,8 @@ from s4audio.models.autoencoder import (
     Generators,
     WaveformAutoencoder,
     blocks_of_stages,
+    check_classes,
+    check_labels,
     check_sample_rate,
     check_stages,
     noise,
@@ -79,10 +81,7 @@ class Flow(nn.Module):
             )
         if not 0 <= label_dropout < 1:
             raise ValueError(f"label_dropout is {label_dropout}; wanted at least 0 and below 1.")
-        if isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
-            raise ValueError(f"classes is {classes!r}; wanted a list of names.")
-        if len(set(classes)) < len(classes):
-            raise ValueError(f"classes is {list(classes)}; wanted each name once.")
+        check_classes(classes)
         _check_autoencoder(autoencoder, sample_rate, channels)
         self.sample_rate, self.classes, self.channels = sample_rate, tuple(classes), channels
         self.label_dropout = label_dropout
@@ -330,8 +329,7 @@ class Flow(nn.Module):
         """What a solver follows, with classifier-free guidance where there are labels."""
         if label is None:
             return lambda x, t: self(x, x.new_full((len(x),), t))
-        if not 0 <= int(label.min()) <= int(label.max()) < len(self.classes):
-            raise ValueError(f"label is {label.tolist()}; wanted numbers below {len(self.classes)}, of the model's classes.")
+        check_labels(label, self.classes)
         if not 0 <= guidance < math.inf:
             raise ValueError(f"guidance is {guidance}; wanted at least 0, usually 1 to 4.")
         both = torch.cat([label, torch.full_like(label, len(self.classes))])

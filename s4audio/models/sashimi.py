@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from s4audio.audio import check_quantization, dequantize, quantize
 from s4audio.layers import Chain, ChannelNorm, FeedForward, GatedBlock, Pooled
-from s4audio.models.autoencoder import Generators, check_sample_rate, noise
+from s4audio.models.autoencoder import Generators, check_classes, check_labels, check_sample_rate, noise
 from s4audio.models.classifier import LAYERS
 from s4audio.models.stepping import Stepper
 
@@ -101,12 +101,7 @@ class SaShiMi(nn.Module):
                 f"d_model {d_model}, expand {expand} and num_blocks {num_blocks} must be at least 1, pools {list(pools)} at "
                 "least 2."
             )
-        if (
-            isinstance(classes, str)
-            or not all(isinstance(name, str) for name in classes)
-            or len(set(classes)) < len(classes)
-        ):
-            raise ValueError(f"classes is {classes!r}; wanted a list of names, each once.")
+        check_classes(classes)
         if layer not in LAYERS:
             raise ValueError(f"layer is {layer!r}; choose one of {', '.join(LAYERS)}.")
         self.hop_length = math.prod(pools)  # samples of a step of the innermost tier
@@ -219,8 +214,8 @@ class SaShiMi(nn.Module):
             label = None
         elif label is None:
             label = (noise((batch_size,), generator, torch.rand) * len(self.classes)).long().to(device)
-        elif label.numel() and not 0 <= int(label.min()) <= int(label.max()) < len(self.classes):
-            raise ValueError(f"label is {label.tolist()}; wanted numbers below {len(self.classes)}, of the model's classes.")
+        else:
+            check_labels(label, self.classes)
         state = self.initial_state(batch_size, label)
         length = 0
         if prefix is not None:
