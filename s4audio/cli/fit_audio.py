@@ -63,9 +63,11 @@ def prepare(model: Any, data: Any) -> None:
         ValueError: they have other classes.
     """
     if getattr(data, "labels", None) and list(model.classes) != data.classes:
+        missing = ", ".join(name for name in model.classes if name not in data.classes)
         raise ValueError(
             f"the recordings are of the classes {', '.join(data.classes)}, "
             f"and the model's (classes) are {', '.join(model.classes)}; make them the same, in this order."
+            + (f" Of {missing} there is no recording that can be used." if missing else "")
         )
 
 
