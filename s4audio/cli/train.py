@@ -198,7 +198,7 @@ class _Stopwatch(lightning.Callback):
 
 def _planned(options: list[str], seconds: float) -> list[str]:
     """The options for as many steps as fit into so many seconds, by the time that a few of them take."""
-    from s4audio.tasks import DivergenceError
+    from s4audio.tasks import AdversarialTask, DivergenceError
     from s4audio.tasks.callbacks import Progress
 
     print("measuring how long a step takes", flush=True)
@@ -206,6 +206,8 @@ def _planned(options: list[str], seconds: float) -> list[str]:
     with tempfile.TemporaryDirectory() as pilot:
         shortly = ["--steps", str(PILOT_STEPS), "--trainer.val_check_interval", str(PILOT_STEPS), "--trainer.devices", "1"]
         run = read_recipe([*options, *shortly, "--trainer.accumulate_grad_batches", "1", "--out", pilot])
+        if isinstance(run.model, AdversarialTask):
+            run.model.adversarial_start_step = 0  # with a discriminator steps take longer, and most have one
         run.trainer.callbacks = [*(c for c in run.trainer.callbacks if not isinstance(c, Progress)), watch]
         try:
             run.trainer.fit(run.model, run.datamodule)
