@@ -340,6 +340,8 @@ def _refuse_more_layers(arguments: dict[str, Any], num_tensors: int) -> None:
         if isinstance(value, dict):
             _refuse_more_layers(_part(value)["arguments"], num_tensors)
             continue
+        if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+            continue  # names: of classes, of which there may be more than tensors, or of losses
         entries = value if isinstance(value, list) else [value]
         if len(entries) > num_tensors or (name in DEPTHS and max(entries, default=0) > num_tensors):
             raise ValueError(f"{name} is {str(value)[:50]}, and the weights are {num_tensors} tensors")

@@ -63,6 +63,7 @@ def mel_magnitude(audio: Tensor, sample_rate: int, n_fft: int, n_mels: int) -> T
 
 
 @cache  # to the device once, and not while a CUDA graph is captured
+@torch.inference_mode(False)  # where the first to ask is a validation, they would be of no use to a gradient
 def _mel_filters(sample_rate: int, n_fft: int, n_mels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     return mel_filterbank(sample_rate, n_fft, n_mels).mT.contiguous().to(device, dtype)
 

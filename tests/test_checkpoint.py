@@ -84,6 +84,15 @@ def test_a_model_among_the_arguments_comes_with_the_folder(tmp_path):
             load(tmp_path / "model")
 
 
+@pytest.mark.parametrize("make", [Flow, SaShiMi])
+def test_there_may_be_more_classes_than_tensors(make, tmp_path):
+    size = {"strides": (2,), "widths": (4, 4)} if make is Flow else {"d_model": 4, "pools": (2,)}
+    classes = tuple(map(str, range(200)))
+    save(make(8000, num_blocks=1, d_state=4, classes=classes, **size), tmp_path)
+    loaded = load(tmp_path)
+    assert len(loaded.state_dict()) < len(classes) and tuple(loaded.classes) == classes
+
+
 def test_a_name_that_is_no_folder_is_a_pretrained_model(tmp_path, monkeypatch):
     assert checkpoint.pretrained() == sorted(checkpoint.pretrained())
     monkeypatch.setattr(checkpoint, "PRETRAINED", tmp_path / "shipped")

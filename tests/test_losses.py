@@ -74,6 +74,15 @@ def test_mel_loss_takes_any_length_and_has_finite_gradients(shape):
     assert loss > 0 and torch.isfinite(estimate.grad).all()
 
 
+def test_a_loss_has_gradients_also_where_a_validation_was_the_first_to_take_it():
+    estimate, reference = torch.randn(1, 1, 4000, requires_grad=True), torch.randn(1, 1, 4000)
+    losses._mel_filters.cache_clear()
+    with torch.inference_mode():  # as Lightning validates
+        losses.multi_resolution_mel(estimate, reference, 8000)
+    losses.multi_resolution_mel(estimate, reference, 8000).backward()
+    assert estimate.grad is not None and estimate.grad.any()
+
+
 @pytest.mark.parametrize("name", losses.LOSSES)
 def test_losses_are_float32_in_mixed_precision(name):
     estimate, reference = torch.randn(1, 1, 4000).bfloat16(), torch.randn(1, 1, 4000)

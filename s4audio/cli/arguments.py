@@ -40,7 +40,7 @@ def load_generator(path: str, device: str = "cpu") -> Any:
         raise ValueError("--device is cuda, but torch finds no CUDA device here; leave --device out to use the CPU.")
     model = checkpoint.load(path, device)
     if not hasattr(model, "sample"):
-        raise ValueError(f"{path} is a {type(model).__name__}, which classifies; this needs a model of audio.")
+        raise ValueError(f"{path} is a {type(model).__name__}, which makes no sound; this needs a model that does.")
     return model
 
 

@@ -14,6 +14,7 @@ from s4audio.cli.info import describe, describe_training, memories
 from s4audio.cli.run_page import PAGE, memory_section, next_commands, training_section
 from s4audio.data import AudioFolder, AudioShards
 from s4audio.data.cache import size as size_of
+from s4audio.models.sashimi import RunawayError
 from s4audio.report import Clip, Section, write_page
 
 UNIT, ITEMS = "s of audio", "clips"
@@ -62,9 +63,11 @@ def prepare(model: Any, data: Any) -> None:
         ValueError: they have other classes.
     """
     if getattr(data, "labels", None) and list(model.classes) != data.classes:
+        missing = ", ".join(name for name in model.classes if name not in data.classes)
         raise ValueError(
             f"the recordings are of the classes {', '.join(data.classes)}, "
             f"and the model's (classes) are {', '.join(model.classes)}; make them the same, in this order."
+            + (f" Of {missing} there is no recording that can be used." if missing else "")
         )
 
 
@@ -151,8 +154,11 @@ def _sections(out: Path, held_out: dict[str, Tensor], scores: Sequence[Section])
     if hasattr(model, "sample"):
         in_training = training.get("clip_seconds") if getattr(model, "classes", ()) else None
         num_samples = round((in_training or CLIP_SECONDS / 2) * rate)
-        sample = model.sample(1, num_samples, generator=torch.Generator().manual_seed(0))[0]
-        from_noise = [Section("From noise", [source], clips=[Clip(name, sample, rate)])]
+        try:
+            sample = model.sample(1, num_samples, generator=torch.Generator().manual_seed(0))[0]
+            from_noise = [Section("From noise", [source], clips=[Clip(name, sample, rate)])]
+        except RunawayError as error:  # the page of a training that went wrong shows where
+            from_noise = [Section("From noise", [f"There is nothing to hear: {error}"])]
     facts = [("", ""), *describe(model), *describe_training(training)]
     return [
         *([Section("Listen", [text], clips=clips)] if clips else []),

@@ -154,10 +154,12 @@ def _options(model: Any, method: str, args: argparse.Namespace) -> dict[str, Any
         raise ValueError(f"{args.model} is a {name}, which cannot do {METHODS[method]}; it can do {can}.")
     given = {keyword: getattr(args, keyword) for keyword in KEYWORDS if getattr(args, keyword) is not None}
     taken = set(inspect.signature(getattr(model, method)).parameters)
-    taken -= set() if getattr(model, "classes", ()) else {"label"}
+    taken -= set() if getattr(model, "classes", ()) else {"label", "guidance"}
     if unknown := [option for keyword, option in KEYWORDS.items() if keyword in given and keyword not in taken]:
         can = ", ".join(option for keyword, option in KEYWORDS.items() if keyword in taken) or "none of its kind"
         raise ValueError(f"{unknown[0]} is not for {METHODS[method]} of {args.model}, a {name}; it takes {can}.")
+    if "guidance" in given and "label" not in given:
+        raise ValueError("--guidance says how closely to follow a label, and there is no --label.")
     if "label" in given:
         given["label"] = torch.tensor([_number_of(given["label"], model.classes)], device=args.device)
     return given

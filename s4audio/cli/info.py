@@ -105,18 +105,18 @@ def memories(model: nn.Module) -> list[Memory]:
 
 def _layer_rates(model: Any) -> dict[str, float]:
     """The sample rate at which each state-space layer runs, seen by sending silence through."""
-    if not hasattr(model, "sample_rate"):
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, S4D)}
+    if not layers or not hasattr(model, "sample_rate"):
         return {}
-    length = 64 * model.hop_length
+    length = model.hop_length  # in which every layer has a whole number of samples
     seen: dict[str, float] = {}
     hooks = []
-    for name, layer in model.named_modules():
-        if isinstance(layer, S4D):
+    for name, layer in layers.items():
 
-            def note(_: nn.Module, inputs: tuple[Tensor], name: str = name) -> None:
-                seen[name] = inputs[0].shape[-1] / length * model.sample_rate
+        def note(_: nn.Module, inputs: tuple[Tensor], name: str = name) -> None:
+            seen[name] = inputs[0].shape[-1] / length * model.sample_rate
 
-            hooks.append(layer.register_forward_pre_hook(note))
+        hooks.append(layer.register_forward_pre_hook(note))
     model.training_losses(torch.zeros(1, model.channels, length))  # which runs all of it
     for hook in hooks:
         hook.remove()

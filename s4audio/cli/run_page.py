@@ -57,6 +57,8 @@ def next_commands(model: torch.nn.Module, path: Path) -> list[tuple[str, str]]:
         ("Train on recordings of your own:",
             "s4audio train MY_RECORDINGS --minutes 10"),
     ]  # fmt: skip
+    if not hasattr(model, "sample"):
+        return commands
     if not hasattr(model, "encode"):
         return [("Make sound from noise:", f"s4audio generate {path} --from noise"), *commands]
     commands = [

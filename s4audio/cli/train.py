@@ -6,6 +6,7 @@ import io
 import json
 import math
 import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,6 +26,7 @@ from s4audio.cli.evaluate import evaluate, paired_table, score_table, verdict
 from s4audio.cli.fit import CHECK, holds_a_checkpoint, read_recipe, recipe_file, refuse_foreign, train_run
 from s4audio.cli.generate import generate
 from s4audio.cli.run_page import PAGE
+from s4audio.models.sashimi import RunawayError
 from s4audio.report import Section
 
 RECIPE = "recipe.yaml"  # of a run
@@ -85,6 +87,9 @@ def train(arguments: list[str]) -> None:
     print(f"\nmodel:    {out / 'best'} (step {best['steps']}, best on what was held out) and {out / 'last'}")
     print(f"sounds:   {out / 'sounds'}, from noise and of what was held out")
     print(f"page:     {out / PAGE}, to open in a browser: sounds, scores, curves")
+    if not hasattr(run.model.model, "sample"):
+        print(f"next:     s4audio info {out / 'best'}")
+        return
     varies = hasattr(run.model.model, "vary")
     print(f"next:     s4audio generate {out / 'best'} --from {'MY_RECORDING.wav --variation 0.1' if varies else 'noise'}")
 
@@ -193,7 +198,7 @@ class _Stopwatch(lightning.Callback):
 
 def _planned(options: list[str], seconds: float) -> list[str]:
     """The options for as many steps as fit into so many seconds, by the time that a few of them take."""
-    from s4audio.tasks import DivergenceError
+    from s4audio.tasks import AdversarialTask, DivergenceError
     from s4audio.tasks.callbacks import Progress
 
     print("measuring how long a step takes", flush=True)
@@ -201,6 +206,8 @@ def _planned(options: list[str], seconds: float) -> list[str]:
     with tempfile.TemporaryDirectory() as pilot:
         shortly = ["--steps", str(PILOT_STEPS), "--trainer.val_check_interval", str(PILOT_STEPS), "--trainer.devices", "1"]
         run = read_recipe([*options, *shortly, "--trainer.accumulate_grad_batches", "1", "--out", pilot])
+        if isinstance(run.model, AdversarialTask):
+            run.model.adversarial_start_step = 0  # with a discriminator steps take longer, and most have one
         run.trainer.callbacks = [*(c for c in run.trainer.callbacks if not isinstance(c, Progress)), watch]
         try:
             run.trainer.fit(run.model, run.datamodule)
@@ -238,8 +245,11 @@ def _make_sounds(out: Path, data: Any) -> None:
             generate([model, "--from", *of_recordings, str(sounds / "reconstructed")])
         elif hasattr(net, "vary"):
             generate([model, "--from", *of_recordings, str(sounds / "varied"), "--variation", str(fit_audio.VARIATION)])
-        if hasattr(net, "sample"):
-            generate([model, "--from", "noise", *from_noise])
+        try:
+            if hasattr(net, "sample"):
+                generate([model, "--from", "noise", *from_noise])
+        except RunawayError as error:
+            print(f"no sounds from noise: {error}", file=sys.stderr)
     for folder, (what, file) in SCORED.items():
         (out / file).unlink(missing_ok=True)
         if not (sounds / folder).exists():

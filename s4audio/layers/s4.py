@@ -164,9 +164,9 @@ class S4D(nn.Module):
 def frozen(model: nn.Module) -> Iterator[None]:
     """Has all S4D layers of a model frozen meanwhile: for whoever calls it many times with the same weights."""
     before = {layer: layer._frozen for layer in model.modules() if isinstance(layer, S4D)}
-    for layer in before:
-        layer.freeze()
     try:
+        for layer in before:
+            layer.freeze()
         yield
     finally:
         for layer, system in before.items():

@@ -423,6 +423,18 @@ def check_sample_rate(sample_rate: int) -> None:
         raise ValueError(f"sample_rate is {sample_rate!r}; wanted a whole number of Hz, at least 1.")
 
 
+def check_classes(classes: Sequence[str]) -> None:
+    """Raises: ValueError, if they are no list of names, each once."""
+    if isinstance(classes, str) or not all(isinstance(name, str) for name in classes) or len(set(classes)) < len(classes):
+        raise ValueError(f"classes is {classes!r}; wanted a list of names, each once.")
+
+
+def check_labels(label: Tensor, classes: Sequence[str]) -> None:
+    """Raises: ValueError, if one of the numbers is that of no class."""
+    if label.numel() and not 0 <= int(label.min()) <= int(label.max()) < len(classes):
+        raise ValueError(f"label is {label.tolist()}; wanted numbers below {len(classes)}, of the model's classes.")
+
+
 def check_stages(widths: Sequence[int], strides: Sequence[int]) -> None:
     """Raises: ValueError, if there is not one width more than strides."""
     if len(widths) != len(strides) + 1:

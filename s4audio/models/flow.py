@@ -18,6 +18,8 @@ from s4audio.models.autoencoder import (
     Generators,
     WaveformAutoencoder,
     blocks_of_stages,
+    check_classes,
+    check_labels,
     check_sample_rate,
     check_stages,
     noise,
@@ -79,17 +81,14 @@ class Flow(nn.Module):
             )
         if not 0 <= label_dropout < 1:
             raise ValueError(f"label_dropout is {label_dropout}; wanted at least 0 and below 1.")
-        if isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
-            raise ValueError(f"classes is {classes!r}; wanted a list of names.")
-        if len(set(classes)) < len(classes):
-            raise ValueError(f"classes is {list(classes)}; wanted each name once.")
+        check_classes(classes)
         _check_autoencoder(autoencoder, sample_rate, channels)
         self.sample_rate, self.classes, self.channels = sample_rate, tuple(classes), channels
         self.label_dropout = label_dropout
         self.strides, self.widths, self.d_state = tuple(strides), tuple(widths), d_state
         self.num_blocks = num_blocks if isinstance(num_blocks, int) else tuple(num_blocks)
         self.dt_min, self.dt_max = dt_min, dt_max
-        self.autoencoder = None if autoencoder is None else autoencoder.requires_grad_(False)
+        self.autoencoder = None if autoencoder is None else autoencoder.eval().requires_grad_(False)
         self.frame = 1 if autoencoder is None else autoencoder.hop_length  # samples of a point of the data
         self.hop_length = self.frame * math.prod(strides)  # and of the innermost stage
         dims: int = channels if autoencoder is None else autoencoder.latent_channels
@@ -138,24 +137,31 @@ class Flow(nn.Module):
             u = _through(blocks, up(u) + kept.pop(), embedding)
         return self.leave(u)[..., :length]
 
+    def train(self, mode: bool = True) -> "Flow":
+        """As of nn.Module; but the autoencoder is not trained, and counts nothing of what it hears."""
+        super().train(mode)
+        if self.autoencoder is not None:
+            self.autoencoder.eval()
+        return self
+
     def training_losses(self, audio: Tensor, label: Tensor | None = None) -> dict[str, Tensor]:
         """`flow`, the mean squared error of the velocity at a random time; also follows the size of the data.
 
         Validation takes the same noise and times for every batch, so that it shows the model and not the draw.
         """
-        data = self._data(audio).float()
+        data = self._data(audio).to(self.data_mean.dtype)  # also where autocast computes the latent in half of it
         if self.training:
             self._follow(data)
-            time, drawn = torch.rand(len(data), device=data.device), torch.randn_like(data)
+            time, drawn = torch.rand_like(data[:, 0, 0]), torch.randn_like(data)
             if label is not None:
                 withheld = torch.rand(label.shape, device=label.device) < self.label_dropout
                 label = torch.where(withheld, len(self.classes), label)
         else:
-            time = (torch.arange(len(data), device=data.device) + 0.5) / len(data)
+            time = (torch.arange(len(data)).to(data) + 0.5) / len(data)
             drawn = noise(data.shape, torch.Generator().manual_seed(0)).to(data)
         data = self._normalized(data)
         x = torch.lerp(drawn, data, time.view(-1, 1, 1))
-        return {"flow": F.mse_loss(self(x, time, label).float(), data - drawn)}
+        return {"flow": F.mse_loss(self(x, time, label).to(x.dtype), data - drawn)}
 
     @torch.no_grad()
     def sample(
@@ -264,7 +270,7 @@ class Flow(nn.Module):
             velocity = made if time == PASSES[-1] else _with_known(made, free, data - drawn)
             times = flow_times(math.ceil(num_steps * (1 - time)), time)
             x = self._solved(velocity, torch.lerp(drawn, torch.where(free, x, data), time), times)
-        fade = round(FADE_SECONDS * self.sample_rate)
+        fade = min(round(FADE_SECONDS * self.sample_rate), stop - start - 1)  # what one border moves stays off the other
         return torch.where(outside, audio, _joined(audio, self._audio(x, length), start, stop, fade))
 
     def continue_(
@@ -323,13 +329,14 @@ class Flow(nn.Module):
         """What a solver follows, with classifier-free guidance where there are labels."""
         if label is None:
             return lambda x, t: self(x, x.new_full((len(x),), t))
-        if not 0 <= int(label.min()) <= int(label.max()) < len(self.classes):
-            raise ValueError(f"label is {label.tolist()}; wanted numbers below {len(self.classes)}, of the model's classes.")
+        check_labels(label, self.classes)
         if not 0 <= guidance < math.inf:
             raise ValueError(f"guidance is {guidance}; wanted at least 0, usually 1 to 4.")
         both = torch.cat([label, torch.full_like(label, len(self.classes))])
 
         def velocity(x: Tensor, t: float) -> Tensor:
+            if len(label) != len(x):
+                raise ValueError(f"label has {len(label)} numbers for {len(x)} clips; wanted one for each.")
             if guidance == 1:
                 return self(x, x.new_full((len(x),), t), label)
             guided, free = self(x.repeat(2, 1, 1), x.new_full((2 * len(x),), t), both).chunk(2)

@@ -16,11 +16,15 @@ from torch.utils.checkpoint import checkpoint
 
 from s4audio.audio import check_quantization, dequantize, quantize
 from s4audio.layers import Chain, ChannelNorm, FeedForward, GatedBlock, Pooled
-from s4audio.models.autoencoder import Generators, check_sample_rate, noise
+from s4audio.models.autoencoder import Generators, check_classes, check_labels, check_sample_rate, noise
 from s4audio.models.classifier import LAYERS
 from s4audio.models.stepping import Stepper
 
 CHECKED = 1024  # samples between looks at what is generated
+
+
+class RunawayError(RuntimeError):
+    """What a model generates is no sound: the message says which clip, and what to try."""
 
 
 class SaShiMiState(NamedTuple):
@@ -97,17 +101,14 @@ class SaShiMi(nn.Module):
                 f"d_model {d_model}, expand {expand} and num_blocks {num_blocks} must be at least 1, pools {list(pools)} at "
                 "least 2."
             )
-        if (
-            isinstance(classes, str)
-            or not all(isinstance(name, str) for name in classes)
-            or len(set(classes)) < len(classes)
-        ):
-            raise ValueError(f"classes is {classes!r}; wanted a list of names, each once.")
+        check_classes(classes)
         if layer not in LAYERS:
             raise ValueError(f"layer is {layer!r}; choose one of {', '.join(LAYERS)}.")
-        period = math.prod(pools)
-        if chunk_samples < 1 or chunk_samples % period:
-            raise ValueError(f"chunk_samples is {chunk_samples}; wanted a multiple of the product of pools, {period}.")
+        self.hop_length = math.prod(pools)  # samples of a step of the innermost tier
+        if chunk_samples < 1 or chunk_samples % self.hop_length:
+            raise ValueError(
+                f"chunk_samples is {chunk_samples}; wanted a multiple of the product of pools, {self.hop_length}."
+            )
         self.sample_rate, self.d_model, self.pools, self.expand = sample_rate, d_model, tuple(pools), expand
         self.num_blocks = num_blocks if isinstance(num_blocks, int) else tuple(num_blocks)
         self.d_state, self.layer, self.quantization, self.num_levels = d_state, layer, quantization, num_levels
@@ -199,7 +200,7 @@ class SaShiMi(nn.Module):
 
         Raises:
             ValueError: an argument outside its range, or a prefix or labels that do not fit.
-            RuntimeError: the model runs away: its probabilities are no numbers, or for CHECKED samples it makes nothing but
+            RunawayError: the model runs away: its probabilities are no numbers, or for CHECKED samples it makes nothing but
                 full scale of one sign.
         """
         if num_samples < 1 or not temperature > 0 or not 0 < top_p <= 1:
@@ -213,8 +214,8 @@ class SaShiMi(nn.Module):
             label = None
         elif label is None:
             label = (noise((batch_size,), generator, torch.rand) * len(self.classes)).long().to(device)
-        elif label.numel() and not 0 <= int(label.min()) <= int(label.max()) < len(self.classes):
-            raise ValueError(f"label is {label.tolist()}; wanted numbers below {len(self.classes)}, of the model's classes.")
+        else:
+            check_labels(label, self.classes)
         state = self.initial_state(batch_size, label)
         length = 0
         if prefix is not None:
@@ -316,19 +317,19 @@ def surprise(logits: Tensor, codes: Tensor) -> Tensor:
 
 
 def refuse_runaway(codes: Tensor, log2_p: Tensor, num_levels: int) -> None:
-    """Raises: RuntimeError, if codes (n, B) were drawn of probabilities that are no numbers, or a clip of CHECKED samples is
+    """Raises: RunawayError, if codes (n, B) were drawn of probabilities that are no numbers, or a clip of CHECKED samples is
     full scale of one sign throughout. Silence, a constant too, is nothing wrong.
     """
     lost = ~torch.isfinite(log2_p).all(0)  # (B,)
     if lost.any():
-        raise RuntimeError(
+        raise RunawayError(
             f"clip {int(lost.nonzero()[0])} of the batch ran away: its probabilities are no longer finite numbers. The "
             "model has diverged; take an earlier one, or train it with a lower learning rate."
         )
     first = codes[0]
     stuck = (codes == first).all(0) & ((first == 0) | (first == num_levels - 1))
     if len(codes) >= CHECKED and stuck.any():
-        raise RuntimeError(
+        raise RunawayError(
             f"clip {int(stuck.nonzero()[0])} of the batch ran away: {len(codes)} samples in a row are at full scale. Try "
             "another seed, a lower temperature or top_p, or train the model for longer."
         )

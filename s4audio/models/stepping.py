@@ -50,7 +50,7 @@ class Stepper:
             passed = torch.empty_like(self.following)
             weight = linear.weight.detach()[..., 0].T.contiguous()
             self.head = fused.Head(_affine(norm), weight, linear.bias.detach(), table, condition, passed)
-        self.period, self.length = math.prod(model.pools), length
+        self.period, self.length = model.hop_length, length
         self.graph: torch.cuda.CUDAGraph | None = None
 
     @torch.inference_mode()

@@ -90,6 +90,11 @@ class AdversarialTask(GenerativeTask):
             raise ValueError(f"AdversarialTask trains on one device, and trainer.devices is {self.trainer.world_size}.")
         super().on_fit_start()
         self.judged = False
+        if 0 <= self.trainer.max_steps <= self.adversarial_start_step:
+            self.news.append(
+                f"the discriminator will take no part, since it begins at step {self.adversarial_start_step} "
+                f"(adversarial_start_step) and the training ends at {self.trainer.max_steps}."
+            )
 
     def losses(self, *batch: Tensor) -> dict[str, Tensor]:
         """The model's own; of the discriminator too, when it takes part."""

@@ -26,6 +26,7 @@ from s4audio.audio import write_audio
 from s4audio.files import replacing
 from s4audio.tasks.training import Batch, DivergenceError
 
+RandomState = tuple[Tensor, Tensor | None]  # of numbers drawn on the CPU, and on a GPU
 TRAINER_CHECKPOINT, PREVIOUS_CHECKPOINT = "trainer.ckpt", "trainer.previous.ckpt"
 
 
@@ -59,8 +60,7 @@ class RunFolder(lightning.Callback):
         self.best: float | None = None
         self.saved_at, self.seconds = 0, 0.0
         self.scores: dict[str, float] = {}
-        self.random_state: Tensor | None = None
-        self.cuda_random_state: Tensor | None = None
+        self.random_states: list[RandomState] = []  # to go on with, of each device
         self.to_stop = False
         self.on_ctrl_c: Any = None  # what Ctrl-C does elsewhere
 
@@ -71,10 +71,13 @@ class RunFolder(lightning.Callback):
         self.started, self.saved_at = time.monotonic(), trainer.global_step
         if threading.current_thread() is threading.main_thread():
             self.to_stop, self.on_ctrl_c = False, signal.signal(signal.SIGINT, self._stop_soon)
-        if self.random_state is not None:
-            torch.set_rng_state(self.random_state)
-        if self.cuda_random_state is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(self.cuda_random_state, trainer.strategy.root_device)
+        if trainer.global_rank < len(self.random_states):
+            random_state, cuda = self.random_states[trainer.global_rank]
+            torch.set_rng_state(random_state)
+            if cuda is not None and torch.cuda.is_available():
+                torch.cuda.set_rng_state(cuda, trainer.strategy.root_device)
+        elif trainer.global_rank:  # all begin with one seed, and noise that they shared would be half as much noise
+            torch.manual_seed(torch.initial_seed() + trainer.global_rank)
         if trainer.global_step and (self.out / "best" / checkpoint.CONFIG).exists():
             # The folder itself knows best: the trainer's checkpoint may be older than the last validation.
             scores = checkpoint.read_config(self.out / "best")["training"].get("scores", {})
@@ -112,15 +115,12 @@ class RunFolder(lightning.Callback):
             exception.args = (f"{exception} {kept}{last if self.saved_at else 'There is no checkpoint yet.'}",)
 
     def state_dict(self) -> dict[str, Any]:
-        cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-        return {
-            "random_state": torch.get_rng_state(), "cuda_random_state": cuda, "seconds": self._seconds(),
-            "scores": dict(self.scores),
-        }  # fmt: skip
+        """What goes into a checkpoint, which all devices make together and the first one writes."""
+        return {"random_states": _random_states(), "seconds": self._seconds(), "scores": dict(self.scores)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.random_state, self.seconds = state_dict["random_state"], state_dict["seconds"]
-        self.cuda_random_state, self.scores = state_dict.get("cuda_random_state"), state_dict.get("scores", {})
+        self.random_states, self.seconds = state_dict["random_states"], state_dict["seconds"]
+        self.scores = state_dict.get("scores", {})
 
     def _end_step(self, trainer: lightning.Trainer, task: Any) -> None:
         """After a batch and the validation that may follow it: saves if it is time, and stops if that was asked for."""
@@ -187,6 +187,16 @@ class RunFolder(lightning.Callback):
             "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
             "scores": dict(self.scores),
         }
+
+
+def _random_states() -> list[RandomState]:
+    """Those of the random numbers of each device."""
+    own = torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [own]
+    states: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(states, own)
+    return states
 
 
 def _batches(trainer: lightning.Trainer) -> int:

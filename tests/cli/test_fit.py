@@ -165,7 +165,7 @@ def test_the_best_model_survives_a_resume_from_before_it(tmp_path):
     keeper = RunFolder(out, 10, {})
     trainer = types.SimpleNamespace(
         global_step=10, sanity_checking=False, callback_metrics={"valid/loss": torch.tensor(2.0)}, world_size=1,
-        accumulate_grad_batches=1,
+        accumulate_grad_batches=1, global_rank=0,
         strategy=types.SimpleNamespace(root_device=torch.device("cpu")),
         fit_loop=types.SimpleNamespace(epoch_loop=types.SimpleNamespace(total_batch_idx=9)),
     )  # fmt: skip

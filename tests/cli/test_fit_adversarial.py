@@ -1,6 +1,7 @@
 """A generator and a discriminator by a recipe: what is told, what is kept, and that it goes on bit for bit."""
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from s4audio.cli.run_page import read_curves
 from tests.cli.commands import RECIPE, without_pictures
 from tests.cli.test_fit import Crash, weights, with_callback
 
+train = sys.modules["s4audio.cli.train"]  # the package has the verb of that name
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 START = 5  # the first step with a discriminator
 
@@ -84,3 +86,16 @@ def test_the_latest_model_is_the_best_and_holds_no_discriminator(recipe, tmp_pat
     assert curves["gradient_norm/discriminator"][0] == steps == curves["train/feature"][0]
     assert curves["gradient_norm/model"][0] == list(range(12))
     assert {"valid/loss", "valid/si_sdr_db"} <= curves.keys()
+
+
+def test_a_length_in_minutes_is_planned_by_steps_with_a_discriminator(recipe, folder, tmp_path, monkeypatch):
+    judged, measure = [], train._Stopwatch.on_train_batch_end
+
+    def note(watch, trainer, *given) -> None:
+        judged.append(trainer.lightning_module.judged)
+        measure(watch, trainer, *given)
+
+    monkeypatch.setattr(train._Stopwatch, "on_train_batch_end", note)
+    later = ["--model.init_args.adversarial_start_step", "1000"]
+    planned = train._planned(["--config", str(recipe), "--train", str(folder), "--out", str(tmp_path / "run"), *later], 60)
+    assert planned[0] == "--steps" and judged == [True] * train.PILOT_STEPS

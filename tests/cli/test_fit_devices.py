@@ -113,3 +113,16 @@ def test_what_is_for_one_device_or_one_machine_says_so(capsys, folder, tmp_path)
         capsys, *options, "--trainer.num_nodes", "2"
     )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_each_device_draws_noise_of_its_own_and_goes_on_with_it(folder, tmp_path):
+    """Of a VAE, whose latent is drawn."""
+    model = "--model.init_args.model"
+    options = [model + ".class_path", "s4audio.ConvVAE", model + ".init_args.sample_rate", "4000", *TWO, *STEPS]
+    for length, out in (("10", "whole"), ("5", "parts"), ("10", "parts")):
+        fit(folder, tmp_path / out, *options, "--steps", length)
+    weights = [(tmp_path / name / "last" / "model.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert weights[0] == weights[1]
+    kept = torch.load(tmp_path / "whole" / "trainer.ckpt", weights_only=True)["callbacks"]["RunFolder"]["random_states"]
+    assert len(kept) == 2 and not torch.equal(kept[0][0], kept[1][0])

@@ -100,6 +100,11 @@ def test_what_does_not_fit_together_is_refused(spoken, folder, tmp_path, capsys)
     named = "--model.init_args.model.init_args.classes"
     error = refused(capsys, *fit, str(spoken), named, json.dumps(["one", "three"]))
     assert "of the classes one, two, and the model's (classes) are one, three" in error
+    broken = tmp_path / "spoken"
+    shutil.copytree(spoken, broken)
+    (broken / "four").mkdir()
+    (broken / "four" / "damaged.wav").write_bytes(b"no sound")
+    assert "Of four there is no recording that can be used." in refused(capsys, *fit, str(broken))
     without = "--data.init_args.labels", "null"
     assert "classes one, two and the data no labels" in refused(capsys, *fit, str(spoken), named, '["one","two"]', *without)
     debug = ["fit", "--config", str(ROOT / "recipes" / "debug.yaml"), "--out", str(tmp_path / "run"), "--train", str(spoken)]

@@ -120,6 +120,7 @@ def test_an_interpolation_goes_from_one_recording_to_the_other(raw, folder, tmp_
         ("--from noise --continue 1", "--inpaint and --continue need a recording"),
         ("--from noise --steps 0", "num_steps is 0; wanted at least 1"),
         ("--from noise --label two --guidance -1", "guidance is -1.0"),
+        ("--from noise --guidance 2", "--guidance says how closely to follow a label, and there is no --label."),
         ("--from TONE --inpaint 1-2", "--inpaint is 1-2; wanted START:STOP in seconds"),
         ("--from TONE --inpaint 2:1", "wanted a start of at least 0 and a later stop"),
         ("--from TONE --inpaint nan:1", "wanted a start of at least 0 and a later stop"),
@@ -147,7 +148,8 @@ def test_a_model_says_what_it_can_do_instead(model, latent, folder, tmp_path, ca
         (model, ("--interpolate", tone, tone), "cannot do --interpolate; it can do --from noise, --variation."),
         (model, ("--from", "noise", "--steps", "4"), "--steps is not for --from noise of"),
         (model, ("--from", "noise", "--label", "two"), "a CausalAutoencoder; it takes none of its kind."),
-        (latent, ("--from", "noise", "--label", "two"), "a Flow; it takes --steps, --guidance."),
+        (latent, ("--from", "noise", "--label", "two"), "a Flow; it takes --steps."),
+        (latent, ("--from", "noise", "--guidance", "2"), "--guidance is not for --from noise of"),
         (latent, ("--from", tone, "--top-p", "0.9"), "--top-p is not for --variation of"),
     ):
         assert message in refused(capsys, "generate", str(path), "--out", str(tmp_path / "out"), *options)

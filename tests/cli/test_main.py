@@ -22,7 +22,7 @@ def test_wrong_input_ends_in_a_sentence_and_status_2(capsys, model, folder, tmp_
     generate = ["generate", str(model), "--out", str(tmp_path / "out"), "--from"]
     assert "'foo' is not a verb" in refused(capsys, "foo")
     assert "is not a model: it has no config.json" in refused(capsys, "generate", str(folder), "--from", "noise")
-    assert "which classifies" in refused(capsys, "generate", str(tmp_path / "classifier"), "--from", "noise")
+    assert "which makes no sound" in refused(capsys, "generate", str(tmp_path / "classifier"), "--from", "noise")
     assert "does not exist" in refused(capsys, *generate, str(tmp_path / "nowhere"))
     assert "holds no audio file" in refused(capsys, *generate, str(tmp_path / "empty"))
     assert "--variation is 2.0" in refused(capsys, *generate, str(folder), "--variation", "2")

@@ -125,3 +125,16 @@ def test_a_frozen_model_is_the_same_and_makes_its_operators_once(layer, bidirect
         assert len(made) == len({chunk.chunk_length(500), chunk.chunk_length(70)})
         model[0].C.mul_(2)
         assert not torch.allclose(model(u), wanted)
+
+
+def test_layers_are_not_left_frozen_where_freezing_one_fails(monkeypatch):
+    model = torch.nn.Sequential(S4D(2, 4), S4D(2, 4))
+
+    def fails() -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(model[1], "freeze", fails)
+    with pytest.raises(torch.OutOfMemoryError), frozen(model):
+        pass
+    model(torch.randn(1, 2, 9)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())

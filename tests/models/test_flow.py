@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from s4audio import CausalAutoencoder, ConvVAE, Flow, S4Model
+from s4audio import S4DVAE, CausalAutoencoder, ConvVAE, Flow, S4Model
 from s4audio.models import euler
 from s4audio.tasks.optim import parameter_groups
 from tests.models.test_samplers import gaussian_velocity
@@ -97,6 +97,17 @@ def test_data_are_normalized_by_all_that_was_seen(name):
     before = model.data_square.clone()
     model.eval().training_losses(batches[0])
     assert torch.equal(model.data_square, before)
+
+
+def test_the_autoencoder_is_kept_as_it_is():
+    """Also its norm over batches, which in training would count them; and what it says of a clip is of that clip alone."""
+    autoencoder = S4DVAE(8000, strides=(2, 4), widths=(4, 4, 6), latent_channels=3, num_blocks=1, d_state=4)
+    model = flow(autoencoder=autoencoder).train()
+    before = {name: value.clone() for name, value in autoencoder.state_dict().items()}
+    audio = torch.randn(3, 1, 400)
+    model.training_losses(audio)
+    assert model.training and all(torch.equal(value, before[name]) for name, value in autoencoder.state_dict().items())
+    torch.testing.assert_close(model._data(audio)[:1], model._data(audio[:1]))
 
 
 def test_labels_are_withheld_at_their_share(monkeypatch):
@@ -215,6 +226,17 @@ def test_what_is_made_is_moved_to_where_the_audio_is(name, monkeypatch):
     assert (made[460:540] == 0.5).all() and (made[:301] == 0).all() and (made[699:] == 0).all()
 
 
+@pytest.mark.parametrize("length", [2, 9, 100, 161])
+def test_the_borders_of_a_short_span_have_no_seam(length, monkeypatch):
+    """From 0 on the left to 1 on the right of what would be 0.5 and shorter than both fades."""
+    model = flow().eval()
+    monkeypatch.setattr(model, "_audio", lambda x, num_samples: torch.full((1, 1, num_samples), 0.5))
+    audio = (torch.arange(1000) >= 300 + length).float().view(1, 1, -1)
+    made = model.inpaint(audio, 300, 300 + length, num_steps=1)[0, 0]
+    assert made[300] == pytest.approx(0, abs=1e-6) and made[299 + length] == pytest.approx(1, abs=1e-6)
+    assert (made.diff() > -1e-6).all()
+
+
 @pytest.fixture(scope="module")
 def trained() -> Flow:
     """A flow that has seen sines of 60 to 65 Hz and amplitude 0.5, of any phase, for some seconds."""
@@ -303,8 +325,8 @@ def test_gpu_ten_seconds_take_less_than_one():
         ({"widths": (4, 4)}, "widths has 2 entries and strides 2"),
         ({"num_blocks": 0}, "a block somewhere"),
         ({"label_dropout": 1.0}, "label_dropout is 1.0"),
-        ({"classes": "ab"}, "classes is 'ab'; wanted a list of names"),
-        ({"classes": ("a", "a")}, "wanted each name once"),
+        ({"classes": "ab"}, "classes is 'ab'; wanted a list of names, each once"),
+        ({"classes": ("a", "a")}, "wanted a list of names, each once"),
         ({"autoencoder": S4Model(1, 2, 4, 1)}, "autoencoder is a S4Model"),
         ({"autoencoder": ConvVAE(4000, strides=(2,), widths=(2, 2))}, "channels at 4000 Hz and the flow 1 at 8000 Hz"),
     ],
@@ -335,3 +357,14 @@ def test_wrong_requests_are_refused(call, message):
 def test_labels_without_classes_are_refused():
     with pytest.raises(ValueError, match="there are labels, but the model has no classes"):
         flow().training_losses(torch.zeros(1, 1, 8), torch.tensor([0]))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_one_label_for_several_clips_is_refused(guidance):
+    with pytest.raises(ValueError, match="label has 1 numbers for 3 clips; wanted one for each"):
+        flow(classes=("a", "b")).sample(3, 20, label=torch.tensor([1]), guidance=guidance)
+
+
+def test_double_precision_trains(model):
+    model.double().train().training_losses(torch.randn(2, 1, 60, dtype=torch.float64))["flow"].backward()
+    assert {parameter.grad.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float64}

@@ -9,7 +9,7 @@ from torch import nn
 
 from s4audio.models import sashimi as module
 from s4audio.models import stepping
-from s4audio.models.sashimi import CHECKED, SaShiMi
+from s4audio.models.sashimi import CHECKED, RunawayError, SaShiMi
 from s4audio.models.stepping import Stepper, step_of
 from s4audio.ssm import backend
 from s4audio.tasks.graph import LossGraph
@@ -214,10 +214,10 @@ def test_a_model_that_runs_away_is_stopped():
     assert built.sample(1, 2 * CHECKED).abs().max() == 0  # silence is a constant too
     head.bias[15] = 200.0
     assert built.sample(1, CHECKED - 1).min() > 0.6  # a short stretch at full scale is not yet one too many
-    with pytest.raises(RuntimeError, match=f"clip 0 of the batch ran away: {CHECKED} samples in a row are at full scale"):
+    with pytest.raises(RunawayError, match=f"clip 0 of the batch ran away: {CHECKED} samples in a row are at full scale"):
         built.sample(2, 2 * CHECKED)
     head.bias[3] = math.nan
-    with pytest.raises(RuntimeError, match="clip 0 of the batch ran away: its probabilities are no longer finite"):
+    with pytest.raises(RunawayError, match="clip 0 of the batch ran away: its probabilities are no longer finite"):
         built.sample(2, 10)
 
 

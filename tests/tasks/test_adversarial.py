@@ -89,6 +89,13 @@ def test_the_start_is_told_once_and_then_each_line_has_the_discriminator(capsys)
     assert all(0 <= outputs["accuracy"] <= 1 for outputs in heard.outputs[2:])
 
 
+@pytest.mark.parametrize("steps", [3, 4])
+def test_a_training_that_ends_before_the_start_says_so(steps, capsys):
+    train(adversarial(adversarial_start_step=3), clips(steps), Progress(len, "clips", every_seconds=0.0))
+    said = "will take no part, since it begins at step 3 (adversarial_start_step) and the training ends at 3."
+    assert capsys.readouterr().out.count(said) == (steps == 3)
+
+
 def test_the_losses_are_those_of_the_networks():
     task, audio = adversarial(loss_weights={"l1": 10.0}, feature_weight=2.0), clips(1)[0]
     task.judged = True
