@@ -55,7 +55,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(capsys, model
     (tmp_path / "empty.wav").write_bytes(b"")
     out = str(tmp_path / "new" / "out.wav")
     assert "cannot stream" in refused(capsys, "reconstruct", str(tmp_path / "system4"), str(recording), out)
-    assert "needs a model of audio" in refused(capsys, "reconstruct", str(tmp_path / "classifier"), str(recording), out)
+    assert "which makes no sound" in refused(capsys, "reconstruct", str(tmp_path / "classifier"), str(recording), out)
     assert "is not a model" in refused(capsys, "reconstruct", str(tmp_path), str(recording), out)
     assert "samples that are not finite numbers, from 2.250 s on" in refused(
         capsys, "reconstruct", str(model), str(tmp_path / "nan.wav"), out

@@ -131,7 +131,7 @@ def test_what_cannot_be_streamed_is_refused(capsys, monkeypatch, model, tmp_path
     save(CausalAutoencoder(4000, strides=(2,), widths=(4, 4), d_state=4, channels=2), tmp_path / "stereo")
     save(CausalAutoencoder(4000, strides=(2,), widths=(4, 4), d_state=4, bidirectional=True), tmp_path / "both")
     assert "S4DAutoencoder, which cannot stream" in refused(capsys, "stream", str(tmp_path / "system4"))
-    assert "needs a model of audio" in refused(capsys, "stream", str(tmp_path / "classifier"))
+    assert "which makes no sound" in refused(capsys, "stream", str(tmp_path / "classifier"))
     assert "stream takes models of 1 (mono)" in refused(capsys, "stream", str(tmp_path / "stereo"))
     assert "which hears the future and cannot stream" in refused(capsys, "stream", str(tmp_path / "both"))
     for block in ("0", "2000000"):
