@@ -491,5 +491,6 @@ def _finite(audio: Tensor) -> np.ndarray:
 
 
 def _to_pcm(audio: Tensor) -> np.ndarray:
-    """(samples, channels) 16-bit numbers. Rounding here, not in the encoder, makes them the same whatever the format."""
-    return np.clip(np.round(_finite(audio) * 32767), -32768, 32767).astype(np.int16).T
+    """(samples, channels) 16-bit numbers, those that were read where nothing has changed. Rounding here, not in the encoder,
+    makes them the same whatever the format."""
+    return np.clip(np.round(_finite(audio) * 32768), -32768, 32767).astype(np.int16).T

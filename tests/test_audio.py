@@ -289,7 +289,7 @@ def test_a_wav_file_in_blocks_is_the_one_that_libsndfile_writes(tmp_path, channe
     wave = torch.randn(channels, 5000).clamp(-1.2, 1.2)
     clipped = write_blocks(tmp_path / "a.wav", wave.split(777, dim=-1), 16_000)
     assert clipped == (wave.abs() > 1).sum()
-    pcm = np.clip(np.round(wave.numpy() * 32767), -32768, 32767).astype(np.int16)
+    pcm = np.clip(np.round(wave.numpy() * 32768), -32768, 32767).astype(np.int16)
     soundfile.write(tmp_path / "b.wav", pcm.T, 16_000, subtype="PCM_16")
     assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "b.wav").read_bytes()
 
@@ -327,10 +327,12 @@ def test_raw_samples_are_read_and_written_as_struct_packs_them():
     torch.testing.assert_close(from_pcm(struct.pack("<4h", 0, 16384, -32768, 8192), "s16"), wanted, rtol=0, atol=0)
     torch.testing.assert_close(from_pcm(struct.pack("<4f", *values), "f32"), wanted, rtol=0, atol=0)
     assert to_pcm(wanted, "f32") == struct.pack("<4f", *values)
-    # as everywhere, 1 is written as 32,767; what is beyond full scale is clipped
+    # 1 is one step beyond the largest number, which it becomes
     assert to_pcm(torch.tensor([[1.0, -1.0, 2.0, -2.0, 0.5]]), "s16") == struct.pack(
-        "<5h", 32767, -32767, 32767, -32768, 16384
+        "<5h", 32767, -32768, 32767, -32768, 16384
     )
+    every = torch.arange(-32768, 32768).view(1, -1)
+    assert from_pcm(to_pcm(every / 32768, "s16"), "s16").equal(every / 32768)
     for sample_format in PCM_FORMATS:
         with pytest.raises(AudioError, match="not finite"):
             to_pcm(torch.tensor([[0.0, np.nan]]), sample_format)

@@ -181,7 +181,11 @@ def _number_of(label: str, classes: Sequence[str]) -> int:
 
 def _from_noise(model: Any, options: dict[str, Any], args: argparse.Namespace, seconds: float, out: Path) -> float:
     num, num_samples = args.num or NUM_CLIPS, max(1, round(seconds * model.sample_rate))
-    name = "noise" if args.label is None else re.sub(r"\W", "_", args.label)
+    name = "noise"
+    if "label" in options:  # a number is that of a class, which the files are named by
+        label = model.classes[int(options["label"])]
+        name = re.sub(r"\W", "_", label)
+        print(f"label:    {label}")
     for first in range(0, num, args.batch_size):
         indices = range(first, min(first + args.batch_size, num))
         each = {**options, "label": options["label"].expand(len(indices))} if "label" in options else options

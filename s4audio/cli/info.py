@@ -85,9 +85,14 @@ def describe(model: nn.Module) -> list[tuple[str, str]]:
                 ("latent", f"{m.latent_channels} numbers, {frames:,.4g} times a second: {m.latent_channels * frames:,.0f} "
                     f"a second in place of {m.channels * m.sample_rate:,} samples"),
                 ("streams", f"yes, a sample waits for {1000 * (m.hop_length - 1) / m.sample_rate:.3g} ms at most"
-                    if hasattr(model, "stream") else "no, it hears the future"),
+                    if streams(model) else "no, it hears the future"),
             ]  # fmt: skip
     return lines
+
+
+def streams(model: Any) -> bool:
+    """Whether a model runs block by block what it learned."""
+    return hasattr(model, "stream") and not getattr(model, "bidirectional", False)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from s4audio.cli.info import memories
+from s4audio.cli.info import memories, streams
 from s4audio.report import Section, curves_figure, poles_figure
 
 PAGE = "report.html"
@@ -68,7 +68,7 @@ def next_commands(model: torch.nn.Module, path: Path) -> list[tuple[str, str]]:
             "s4audio evaluate reconstructed MY_RECORDINGS --paired --report score"),
         *commands,
     ]  # fmt: skip
-    if hasattr(model, "stream"):
+    if streams(model):
         streamed = f"s4audio reconstruct {path} MY_RECORDING.wav out.wav"
         commands.insert(0, ("Send a recording of any length through it:", streamed))
     return commands

@@ -106,7 +106,8 @@ def _of_a_new_run(out: Path, args: argparse.Namespace) -> list[str]:
     print(f"recipe:   {file.stem}" + ("" if args.recipe else ", since none was named"))
     trains = contents["model"]["init_args"]["model"]["class_path"].rpartition(".")[2]
     options = ["--config", str(file), "--train", str(Path(args.folder).absolute()), "--out", str(out)]
-    options += _given("--valid", args.valid and Path(args.valid).absolute()) + _given("--on-nan", args.on_nan)
+    # Without --valid not the folder that the recipe names, which is that of its own data.
+    options += ["--valid", str(Path(args.valid).absolute()) if args.valid else "null", *_given("--on-nan", args.on_nan)]
     options += _given("--trainer.accelerator", args.device)
     if args.steps:
         options += _length(args.steps, _batches(contents))

@@ -71,7 +71,7 @@ def test_recordings_come_at_the_level_of_training_unless_told(model, folder, tmp
     network = load(model)
     with torch.no_grad():  # the output is back at the level of the recording
         wanted = network(normalize(original, "peak").unsqueeze(0))[0, 0] * original.abs().max()
-    assert np.abs(peak / 32767 - wanted.numpy()).max() < 1e-4
+    assert np.abs(peak / 32768 - wanted.numpy()).max() < 1e-4
 
 
 def test_files_of_one_name_do_not_overwrite_each_other(model, folder, tmp_path):

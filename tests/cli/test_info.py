@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from s4audio import CausalAutoencoder, S4DAutoencoder, S4Model, save
+from s4audio import S4DVAE, CausalAutoencoder, S4DAutoencoder, S4Model, load, save
 from s4audio.cli import main
 from s4audio.cli.info import memories
+from s4audio.cli.run_page import next_commands
 from tests.cli.commands import refused
 
 
@@ -49,3 +50,15 @@ def test_what_is_no_model_is_refused(capsys, tmp_path, model):
     with pytest.raises(SystemExit) as caught:
         main(["info", "--help"])
     assert caught.value.code == 0
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_only_what_hears_no_future_streams(bidirectional, tmp_path, capsys):
+    save(
+        S4DVAE(8000, strides=(2,), widths=(4, 4), latent_channels=2, num_blocks=1, d_state=4, bidirectional=bidirectional),
+        tmp_path / "m",
+    )
+    assert main(["info", str(tmp_path / "m")]) == 0
+    assert ("no, it hears the future" in capsys.readouterr().out) == bidirectional
+    commands = [command for _, command in next_commands(load(tmp_path / "m"), tmp_path / "m")]
+    assert any("s4audio reconstruct " in command for command in commands) != bidirectional

@@ -219,3 +219,17 @@ def test_the_schedule_gets_a_new_end_with_a_new_length_only(folder, tmp_path, ca
     again = "fit", "--config", str(tmp_path / "run" / "recipe.yaml"), "--model.init_args.decay_steps", "5", "--steps"
     assert "model.init_args.decay_steps is not what it was" in refused(capsys, *again, "2")
     assert main([*again, "4"]) == 0 and checkpoint.read_config(tmp_path / "run" / "last")["training"]["steps"] == 4
+
+
+def test_a_recipe_that_names_held_out_recordings_of_its_own_takes_some_of_the_folder(folder, tmp_path):
+    recipe = yaml.safe_load((ROOT / "recipes" / "debug.yaml").read_text())
+    recipe["data"]["init_args"]["valid"] = "data/elsewhere"
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(recipe))
+    assert (
+        main(
+            ["train", str(folder), "--out", str(tmp_path / "run"), "--recipe", str(tmp_path / "other.yaml"), "--steps", "1"]
+        )
+        == 0
+    )
+    config = checkpoint.read_config(tmp_path / "run" / "last")["training"]
+    assert config["valid_files"] > 0 and config["train_files"] + config["valid_files"] == 4
