@@ -120,8 +120,13 @@ def load_autoencoder(path: str) -> WaveformAutoencoder:
     """The autoencoder in a folder; a recipe names this function where a model is built on a trained autoencoder.
 
     Raises:
-        CheckpointError: as `load`; or that is another kind of model.
+        CheckpointError: as `load`; or that is another kind of model, or not trained yet.
     """
+    if not located(path).exists():
+        raise CheckpointError(
+            f"the autoencoder that this model works on, {path}, is not there; train it first, with a recipe of its own and "
+            f"--out {Path(path).parent}."
+        )
     model = load(path)
     if not isinstance(model, WaveformAutoencoder):
         raise CheckpointError(f"{path} is a {type(model).__name__}; wanted an autoencoder.")

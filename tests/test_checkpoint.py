@@ -70,6 +70,8 @@ def test_a_model_among_the_arguments_comes_with_the_folder(tmp_path):
     assert torch.equal(checkpoint.load_autoencoder(str(tmp_path / "autoencoder"))(audio), model.autoencoder(audio))
     with pytest.raises(CheckpointError, match="is a Flow; wanted an autoencoder"):
         checkpoint.load_autoencoder(str(tmp_path / "model"))
+    with pytest.raises(CheckpointError, match=r"not there; train it first, with a recipe of its own and --out runs/first"):
+        checkpoint.load_autoencoder("runs/first/best")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     for part, message in (
         ({"class": "S4DAutoencoder", "arguments": {"sample_rate": 8000}}, "where nothing is wanted as autoencoder"),

@@ -1,6 +1,8 @@
 """What the page of a run and the report of a demo have in common: curves, and what a model remembers."""
 
+import shlex
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,7 +52,7 @@ def read_curves(out: Path) -> dict[str, tuple[list[int], list[float]]]:
     return curves
 
 
-def next_commands(model: torch.nn.Module, path: Path) -> list[tuple[str, str]]:
+def next_commands(model: Any, path: Path) -> list[tuple[str, str]]:
     """What to do with a model in a folder, and how."""
     commands = [
         ("Look inside:", f"s4audio info {path}"),
@@ -60,7 +62,8 @@ def next_commands(model: torch.nn.Module, path: Path) -> list[tuple[str, str]]:
     if not hasattr(model, "sample"):
         return commands
     if not hasattr(model, "encode"):
-        return [("Make sound from noise:", f"s4audio generate {path} --from noise"), *commands]
+        wanted = f" --label {shlex.quote(model.classes[0])}" if getattr(model, "classes", ()) else ""
+        return [("Make sound from noise:", f"s4audio generate {path} --from noise{wanted}"), *commands]
     commands = [
         ("Hear a recording with noise in its latent:", f"s4audio generate {path} --from MY_RECORDING.wav --variation 0.1"),
         ("Score what it makes of recordings:",

@@ -1,9 +1,11 @@
 """What a model is and remembers, in words and as a picture."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from s4audio import S4DVAE, CausalAutoencoder, S4DAutoencoder, S4Model, load, save
+from s4audio import S4DVAE, CausalAutoencoder, Flow, S4DAutoencoder, S4Model, load, save
 from s4audio.cli import main
 from s4audio.cli.info import memories
 from s4audio.cli.run_page import next_commands
@@ -62,3 +64,9 @@ def test_only_what_hears_no_future_streams(bidirectional, tmp_path, capsys):
     assert ("no, it hears the future" in capsys.readouterr().out) == bidirectional
     commands = [command for _, command in next_commands(load(tmp_path / "m"), tmp_path / "m")]
     assert any("s4audio reconstruct " in command for command in commands) != bidirectional
+
+
+def test_a_model_of_classes_is_asked_for_one():
+    flow = Flow(8000, strides=(2,), widths=(4, 4), num_blocks=1, d_state=4, classes=("my cat", "two"))
+    (_, command), *_ = next_commands(flow, Path("run/best"))
+    assert command == "s4audio generate run/best --from noise --label 'my cat'"
