@@ -4,6 +4,7 @@ Where there is no CUDA, Triton's kernels run in its interpreter.
 """
 
 import os
+import signal
 from importlib.util import find_spec
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's and scipy's, read when they are imported
@@ -11,6 +12,8 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's and scipy's, read when they 
 import pytest
 import torch
 
+# What is started in the background is told to ignore Ctrl-C, and so would be what the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start: several at once on few cores wait for each other
 
