@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from system4 import KEPT
 from torch.nn import functional as F
 
 import s4audio
@@ -30,17 +31,6 @@ from s4audio.cli.evaluate import embedding
 from s4audio.report import Clip, Section, write_page
 
 HEARD = 4  # clips of each model on the page
-KEPT = (
-    "fid",
-    "fid_interval",
-    "fid_infinity",
-    "fid_infinity_interval",
-    "kad",
-    "kad_interval",
-    "verdict",
-    "at_equal_n",
-    "floor",
-)
 HEADING = ("model", "FID", "FID∞", "KAD", "train's KAD", "told apart", "density", "coverage", "near copies")
 
 
