@@ -18,6 +18,11 @@ BLOCKS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+def _check_block(block: str) -> None:
+    if block not in BLOCKS:
+        raise ValueError(f"block is {block!r}; choose one of {', '.join(BLOCKS)}.")
+
+
 class Classifier(nn.Module):
     """What the classifiers share: inputs made to have mean 0 and deviation 1, a trunk, the mean over time, and a head.
 
@@ -98,8 +103,7 @@ class S4Model(Classifier):
     ) -> None:
         if layer not in LAYERS:
             raise ValueError(f"layer is {layer!r}; choose S4D or S4.")
-        if block not in BLOCKS:
-            raise ValueError(f"block is {block!r}; choose one of {', '.join(BLOCKS)}.")
+        _check_block(block)
         options: dict[str, Any] = {} if init is None else {"init": init}
 
         def one_block() -> nn.Module:
@@ -119,8 +123,8 @@ class S4Model(Classifier):
 class PatchS4Model(Classifier):
     """Reference system 2: two convolutions make patches of a square image, and S4D blocks read the patches in their order.
 
-    Conv(d_input -> d_model / 2, 3 x 3) -> GELU -> Conv(-> d_model, patch x patch, in steps of it) -> blocks with a spectral
-    norm on their output projection.
+    Conv(d_input -> d_model / 2, 3 x 3) -> GELU -> Conv(-> d_model, patch x patch, in steps of it) -> blocks, in system 2
+    with a spectral norm on their output projection.
 
     Args:
         d_input: channels of a pixel.
@@ -128,11 +132,13 @@ class PatchS4Model(Classifier):
         d_model: width, even.
         num_layers: blocks.
         patch: height and width of a patch.
+        block: one of BLOCKS.
         d_state: real state size of each channel.
         dropout: probability, in each block.
+        bidirectional: whether each layer also reads the patches from the last to the first.
 
     Raises:
-        ValueError: d_model is odd, or what S4D refuses.
+        ValueError: d_model is odd, an unknown block, or what S4D refuses.
 
     Source: reference system 2; spectral normalization from Miyato et al. 2018, "Spectral normalization for generative
     adversarial networks".
@@ -146,16 +152,20 @@ class PatchS4Model(Classifier):
         num_layers: int = 12,
         *,
         patch: int = 8,
+        block: str = "spectral",
         d_state: int = 64,
         dropout: float = 0.0,
+        bidirectional: bool = False,
     ) -> None:
+        _check_block(block)
         if patch < 1:
             raise ValueError(f"patch is {patch}; wanted at least 1 pixel.")
         if d_model % 2:
             raise ValueError(f"d_model is {d_model}; wanted an even number, half of which the first convolution makes.")
-        blocks = (BLOCKS["spectral"](S4D(d_model, d_state), dropout=dropout) for _ in range(num_layers))
-        super().__init__(d_input, num_classes, d_model, Chain(*blocks))
-        self.num_layers, self.patch, self.d_state, self.dropout = num_layers, patch, d_state, dropout
+        ssms = (S4D(d_model, d_state, bidirectional=bidirectional) for _ in range(num_layers))
+        super().__init__(d_input, num_classes, d_model, Chain(*(BLOCKS[block](ssm, dropout=dropout) for ssm in ssms)))
+        self.num_layers, self.patch, self.block = num_layers, patch, block
+        self.d_state, self.dropout, self.bidirectional = d_state, dropout, bidirectional
         self.stem = nn.Sequential(
             nn.Conv2d(d_input, d_model // 2, 3, padding=1), nn.GELU(), nn.Conv2d(d_model // 2, d_model, patch, patch)
         )

@@ -28,9 +28,23 @@ def test_tells_slow_from_fast_tones(arguments):
     assert (logits.argmax(1) == label).float().mean() > 0.9
 
 
-def test_unknown_layer_is_refused():
+def test_unknown_layers_and_blocks_are_refused():
     with pytest.raises(ValueError, match="layer is 'S5'; choose S4D or S4"):
         S4Model(3, 10, layer="S5")
+    for model in (S4Model, PatchS4Model):
+        with pytest.raises(ValueError, match="block is 'pre_norm'; choose one of filter, mix, spectral, post_norm"):
+            model(3, 10, block="pre_norm")
+
+
+def test_patches_are_read_both_ways_when_asked():
+    image = torch.rand(1, 3, 64, requires_grad=True)
+    for bidirectional in (False, True):
+        model = PatchS4Model(
+            3, 10, d_model=8, num_layers=1, patch=4, d_state=4, block="mix", bidirectional=bidirectional
+        ).eval()
+        first = model.trunk(model.embed(image))[..., 0].sum()
+        (gradient,) = torch.autograd.grad(first, image)
+        assert bool(gradient[..., -1].any()) == bidirectional  # whether the first patch hears the last pixel
 
 
 def test_the_example_of_the_field_has_its_number_of_parameters():
@@ -47,8 +61,9 @@ def test_inputs_are_normalized_by_moments_that_the_model_keeps():
     assert {"input_mean", "input_std"} <= set(model.state_dict())
 
 
-def test_patches_of_an_image_are_read_in_their_order():
-    model = PatchS4Model(3, 10, d_model=8, num_layers=2, patch=4, d_state=4).eval()
+@pytest.mark.parametrize("options", [{}, {"block": "post_norm", "bidirectional": True}])
+def test_patches_of_an_image_are_read_in_their_order(options):
+    model = PatchS4Model(3, 10, d_model=8, num_layers=2, patch=4, d_state=4, **options).eval()
     image = torch.rand(2, 3, 8, 8)
     patches = model.stem(image)
     assert patches.shape == (2, 8, 2, 2)
