@@ -16,7 +16,9 @@ Every scheme stands here once, in two forms with the same name:
 | async                | exp(Z gap)                        | A^-1 (exp(Z) - I) B            |
 
 `async` is zoh for one unit of time; the caller raises its A_bar to the power `gap`, the interval since the last sample
-in units of dt (Z gap is linear in the logarithm, so this is exact).
+in units of dt (Z gap is linear in the logarithm, so this is exact). With a gap of 1/m throughout, its kernel is that of zoh
+at steps of dt/m through a moving sum of m samples, since A^-1 (exp(Z) - I) = sum_{j<m} exp(Z j/m) A^-1 (exp(Z/m) - I): it
+hears no detail below m samples.
 
 Source: Gu et al. 2022, "Efficiently modeling long sequences with structured state spaces" (bilinear, zoh); Zhang et al.
 2007, "Performance recovery in digital implementation of analogue systems" (generalized bilinear); Schöne et al. 2024,

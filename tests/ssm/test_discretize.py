@@ -72,6 +72,14 @@ def test_async_equals_expm_over_the_gap_and_zoh_over_a_unit(kind, init, gap):
 
 
 @pytest.mark.parametrize("kind, init", FAMILIES)
+def test_async_of_a_tenth_of_a_unit_is_zoh_through_a_moving_sum_of_ten_samples(kind, init):
+    """Which is why it cannot tell neighbouring samples apart."""
+    values, length = parameters(kind, init), 40
+    finer = kernel(discretize(values | {"dt": values["dt"] / 10}, "zoh"), length + 9)
+    assert error(kernel(discretize(values, "async", gap=0.1), length), finer.unfold(-1, 10, 1).sum(-1)) < 1e-10
+
+
+@pytest.mark.parametrize("kind, init", FAMILIES)
 def test_dirac_equals_expm_and_adds_dt_B(kind, init):
     values = parameters(kind, init)
     system = discretize(values, "dirac")
