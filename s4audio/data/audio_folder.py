@@ -35,7 +35,8 @@ class AudioFolder(lightning.LightningDataModule):
     Args:
         train: folder (or one file) to train on.
         sample_rate: in Hz; files at other rates are resampled.
-        valid: folder to validate on; None splits files off `train`, or the end off its only file.
+        valid: folder to validate on, which may lie in `train`: what is held out is not trained on, copies included, unless
+            both are the same folder. None splits files off `train`, or the end off its only file.
         valid_fraction: share of the training files, or of the only one, that is split off if `valid` is None.
         clip_seconds: length of a clip, drawn at a random place of the file; a shorter file is padded with zeros at its end,
             never dropped. None takes whole files, each batch padded to its longest.
@@ -98,12 +99,14 @@ class AudioFolder(lightning.LightningDataModule):
         """Finds, splits and reads the files, once."""
         if self.train_clips:
             return
-        train = self._read("train", self.train)
-        if self.valid is not None:
-            valid = self._read("valid", self.valid)
-        elif len(train) > 1:
+        seen: dict[str, Path] = {}
+        valid = None if self.valid is None else self._read("valid", self.valid, seen)
+        if self.valid is not None and Path(self.valid).resolve() == Path(self.train).resolve():
+            seen = {}  # on purpose: to see what a model can memorize
+        train = self._read("train", self.train, seen)
+        if valid is None and len(train) > 1:
             train, valid = split_files(train, self.valid_fraction, self.seed)
-        else:
+        elif valid is None:
             ((name, audio),) = train.items()
             kept = max(1, round((1 - self.valid_fraction) * audio.shape[-1]))
             train, valid = {name: audio[..., :kept]}, {f"the end of {name}": audio[..., kept:]}
@@ -158,8 +161,8 @@ class AudioFolder(lightning.LightningDataModule):
         numbers = {name: number for number, name in enumerate(self.classes)}
         self.train_labels, self.valid_labels = [numbers[name] for name in train], [numbers[name] for name in valid]
 
-    def _read(self, argument: str, folder: str) -> dict[str, Tensor]:
-        """Name and samples of each file that can be used; why the others cannot goes to `skipped`."""
+    def _read(self, argument: str, folder: str, seen: dict[str, Path]) -> dict[str, Tensor]:
+        """Name and samples of each file that can be used and is none of `seen`; why others cannot goes to `skipped`."""
         try:
             files = find_audio(folder)
         except AudioError as error:
@@ -176,16 +179,17 @@ class AudioFolder(lightning.LightningDataModule):
         found, home, notes = cached(Path(folder), files, settings, read, cache_folder(self.cache), self.progress)
         clips: dict[str, Tensor] = {}
         skipped: list[str] = []
-        seen: dict[str, Path] = {}
         for file, recording in zip(files, found, strict=True):
             if isinstance(recording, str):
                 skipped.append(recording)
             elif copy := copy_of(file, recording.fingerprint, seen):
-                skipped.append(str(copy))
+                if seen[recording.fingerprint].absolute() != file.absolute():  # else it is held out, and that is no fault
+                    skipped.append(str(copy))
             else:
                 clips[str(file)] = recording.audio
         if not clips:
-            raise AudioError(f"none of the {len(files)} audio files can be used; the first: {skipped[0]}")
+            why = f"the first: {skipped[0]}" if skipped else "all of them are held out."
+            raise AudioError(f"{argument}: none of the {len(files)} audio files can be used; {why}")
         barred = [str(error) for error in list_folder(folder)[1].values() if error.reason != NOT_AUDIO]
         self.skipped += skipped + barred
         self.notes += notes

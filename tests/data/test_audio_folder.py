@@ -139,6 +139,21 @@ def test_copies_are_left_out_so_that_none_is_trained_on_and_held_out(folder):
     assert sorted(round(10 * float(clip.amax())) for clip in data.train_clips + data.valid_clips) == [1, 2, 3, 4]
 
 
+def test_what_is_held_out_is_not_trained_on_though_its_folder_lies_in_the_training_folder(folder):
+    held_out = folder / "held out"
+    held_out.mkdir()
+    (folder / "sub" / "2.wav").rename(held_out / "2.wav")
+    (held_out / "copy.wav").write_bytes((folder / "sub" / "3.wav").read_bytes())
+    data = AudioFolder(str(folder), 1000, valid=str(held_out))
+    data.setup()
+    loudest = [sorted(round(10 * float(clip.amax())) for clip in clips) for clips in (data.train_clips, data.valid_clips)]
+    assert loudest == [[1, 4], [2, 3]]
+    assert f"{folder / 'sub' / '3.wav'} holds the same samples as {held_out / 'copy.wav'}." in data.skipped
+    assert len(data.skipped) == 1
+    with pytest.raises(AudioError, match="train: none of the 2 audio files can be used; all of them are held out"):
+        AudioFolder(str(held_out), 1000, valid=str(folder)).setup()
+
+
 @pytest.mark.parametrize(("length", "expected"), [(1, 1), (100, 1), (149, 1), (150, 2), (200, 2), (260, 3)])
 def test_validation_windows_lie_side_by_side(length, expected):
     audio = 1 + torch.arange(float(length)).unsqueeze(0)
