@@ -239,7 +239,8 @@ def _make_sounds(out: Path, data: Any) -> None:
         write_audio(sounds / "held_out" / f"{number:02d}_{readable}.wav", clip, rate)
     net: Any = checkpoint.load(model)
     of_recordings = [str(sounds / "held_out"), "--normalize", data.normalize, "--out"]
-    seconds = data.clip_seconds if getattr(net, "classes", ()) and data.clip_seconds else NOISE_SECONDS
+    longest = max(audio.shape[-1] for audio in [*data.train_clips, *data.valid_clips]) / rate
+    seconds = data.clip_seconds if getattr(net, "classes", ()) and data.clip_seconds else min(NOISE_SECONDS, longest)
     from_noise = ["--num", str(NOISE_CLIPS), "--seconds", str(seconds), "--out", str(sounds / "noise")]
     with contextlib.redirect_stdout(io.StringIO()):  # the names of all files
         if hasattr(net, "encode"):
