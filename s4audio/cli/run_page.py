@@ -10,6 +10,7 @@ from s4audio.cli.info import memories, streams
 from s4audio.report import Section, curves_figure, poles_figure
 
 PAGE = "report.html"
+MOST_PANELS = 4  # of layers' poles; `s4audio info` draws all
 MORE_CURVES = {  # what else a run may have logged, what to write under it, and its unit
     "valid/si_sdr_db": ("SI-SDR on the held-out recordings: higher is better.", "dB"),
     "valid/accuracy": ("Share of the held-out sequences that it gets right.", "accuracy"),
@@ -30,13 +31,18 @@ def training_section(out: Path) -> Section:
 
 def memory_section(model: torch.nn.Module) -> Section:
     """What the layers of a model remember, as a picture."""
-    poles = {memory.name: (memory.frequency, memory.decay) for memory in memories(model)}
+    layers = memories(model)
+    last, panels = len(layers) - 1, min(MOST_PANELS, len(layers))
+    shown = [round(panel * last / max(1, panels - 1)) for panel in range(panels)]  # evenly, from the first to the last
+    poles = {f"layer {i + 1} of {len(layers)}": (layers[i].frequency, layers[i].decay) for i in shown}
     figure = poles_figure(poles, in_time=hasattr(model, "sample_rate"))
     text = (
         "Each point is a resonance inside the model: how fast it swings, and how long it rings until 1/e is left. Points "
         "high up remember long, points to the right hear fine detail."
     )
-    return Section("What it remembers", [text], figures=[("Poles of each state-space layer.", figure)])
+    return Section(
+        "What it remembers", [text], figures=[("Poles of state-space layers, from the first to the last.", figure)]
+    )
 
 
 def read_curves(out: Path) -> dict[str, tuple[list[int], list[float]]]:

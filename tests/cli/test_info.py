@@ -8,7 +8,7 @@ import torch
 from s4audio import S4DVAE, CausalAutoencoder, Flow, S4DAutoencoder, S4Model, load, save
 from s4audio.cli import main
 from s4audio.cli.info import memories
-from s4audio.cli.run_page import next_commands
+from s4audio.cli.run_page import memory_section, next_commands
 from tests.cli.commands import refused
 
 
@@ -70,3 +70,9 @@ def test_a_model_of_classes_is_asked_for_one():
     flow = Flow(8000, strides=(2,), widths=(4, 4), num_blocks=1, d_state=4, classes=("my cat", "two"))
     (_, command), *_ = next_commands(flow, Path("run/best"))
     assert command == "s4audio generate run/best --from noise --label 'my cat'"
+
+
+@pytest.mark.parametrize("layers, shown", [(1, [1]), (3, [1, 2, 3]), (10, [1, 4, 7, 10])])
+def test_a_page_shows_the_poles_of_four_layers_at_most(layers, shown):
+    ((_, figure),) = memory_section(S4Model(1, 2, d_model=4, num_layers=layers, d_state=4)).figures
+    assert [axis.get_title() for axis in figure.axes if axis.get_visible()] == [f"layer {i} of {layers}" for i in shown]
