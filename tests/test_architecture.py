@@ -96,10 +96,16 @@ def test_ssm_needs_torch_only():
 def test_import_is_light():
     code = (
         "import resource, sys, torch; spent = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_utime; start = spent();"
-        "import s4audio; print(spent() - start); print(*sys.modules)"
+        "import s4audio; s4audio.load, s4audio.Evaluator, s4audio.SaShiMi; print(spent() - start); print(*sys.modules)"
     )
     seconds, loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.splitlines()
     assert not {"lightning", "librosa", "matplotlib", "soundfile", "torchaudio", "rich"} & set(loaded.split())
     assert float(seconds) < 1.5
+
+
+def test_help_waits_for_no_import():
+    code = "import sys; from s4audio.cli import main; main(['--help']); main(['trian']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False" and "did you mean train?" in done.stderr

@@ -2,23 +2,13 @@
 
 import difflib
 import errno
+import importlib
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from s4audio import __version__
-from s4audio.cli.check import check
-from s4audio.cli.demo import demo
-from s4audio.cli.doctor import doctor
-from s4audio.cli.evaluate import evaluate
-from s4audio.cli.fit import fit
-from s4audio.cli.generate import generate
-from s4audio.cli.info import info
-from s4audio.cli.models import models
-from s4audio.cli.reconstruct import reconstruct
-from s4audio.cli.stream import stream
-from s4audio.cli.train import train
 
 HELP = """s4audio trains models of raw audio on a folder of recordings, and makes sound with them.
 
@@ -41,9 +31,8 @@ First steps: `s4audio demo`; then, with recordings of your own,
   s4audio check FOLDER
   s4audio train FOLDER --minutes 10"""
 
-VERBS: dict[str, Callable[[list[str]], int | None]] = {
-    verb.__name__: verb for verb in (demo, check, train, fit, generate, models, reconstruct, stream, evaluate, info, doctor)
-}
+# Each is the function of that name in a module of that name, which is imported when it is called: help comes at once.
+VERBS = ("demo", "check", "train", "fit", "generate", "models", "reconstruct", "stream", "evaluate", "info", "doctor")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -65,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f"did you mean {near[0]}?" if near else "`s4audio --help` explains them."
         return _fail(f"{verb!r} is not a verb; there are {', '.join(VERBS)}: {hint}")
     try:
-        return VERBS[verb](arguments[1:]) or 0
+        return getattr(importlib.import_module(f"s4audio.cli.{verb}"), verb)(arguments[1:]) or 0
     except ValueError as error:  # AudioError and CheckpointError are ValueErrors
         return _fail(str(error))
     except KeyboardInterrupt:

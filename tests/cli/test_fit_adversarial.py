@@ -1,7 +1,6 @@
 """A generator and a discriminator by a recipe: what is told, what is kept, and that it goes on bit for bit."""
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,11 @@ import torch
 import yaml
 
 from s4audio.checkpoint import read_config
-from s4audio.cli import main
+from s4audio.cli import main, train
 from s4audio.cli.run_page import read_curves
 from tests.cli.commands import RECIPE, without_pictures
 from tests.cli.test_fit import Crash, weights, with_callback
 
-train = sys.modules["s4audio.cli.train"]  # the package has the verb of that name
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 START = 5  # the first step with a discriminator
 

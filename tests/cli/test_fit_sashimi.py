@@ -1,6 +1,5 @@
 """Training of autoregressive models, and generation with one: what the verbs say and write of SaShiMi and WaveNet."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import yaml
 
 from s4audio import checkpoint, load
 from s4audio.audio import quantize, read_audio
-from s4audio.cli import main
+from s4audio.cli import generate, main
 from s4audio.models.sashimi import RunawayError
 from tests.cli.commands import ROOT, refused, wav
 
@@ -51,7 +50,7 @@ def test_sashimi_trains_is_described_and_goes_on_with_a_recording(folder, tmp_pa
     assert main([*given, "--continue", "0.5", *options]) == 0
     made = wav(tmp_path / "out" / "tone_continued.wav")
     assert len(made) == 400 and np.array_equal(made[:200], wav(tmp_path / "tone.wav"))
-    model, generate = load(run / "best"), sys.modules["s4audio.cli.generate"]
+    model = load(run / "best")
     audio = read_audio(tmp_path / "tone.wav", RATE)[0].unsqueeze(0)
     wanted = model.continue_(audio, 200, temperature=0.8, top_p=0.9, generator=[generate._generator(3, 0)])
     assert torch.equal(quantize(torch.from_numpy(made[200:] / 32768).float(), 16), model.codes(wanted)[0])

@@ -39,6 +39,15 @@ def test_help_says_what_there_is(capsys):
     assert main([]) == 2
 
 
+def test_ctrl_c_while_a_verb_is_imported_ends_in_a_sentence(monkeypatch, capsys):
+    def interrupted(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("importlib.import_module", interrupted)
+    assert main(["info", "model"]) == 130
+    assert capsys.readouterr().err == "s4audio: stopped; no file is half-written.\n"
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_recordings_that_cannot_be_used_are_named_and_nothing_is_trained(capsys, tmp_path):
     """A folder where no file can be used ends at once; a bad file among good ones is skipped by name."""
@@ -126,7 +135,7 @@ def test_ctrl_c_is_no_accident(monkeypatch, capsys, model):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["s4audio.cli.info"].checkpoint, "load", interrupted)
+    monkeypatch.setattr("s4audio.cli.info.checkpoint.load", interrupted)
     assert main(["info", str(model)]) == 130
     assert capsys.readouterr().err == "s4audio: stopped; no file is half-written.\n"
 

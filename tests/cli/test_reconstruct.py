@@ -98,8 +98,8 @@ def test_blocks_go_out_while_blocks_come_in(model, recording, tmp_path, monkeypa
 
         return write_blocks(path, noted(), sample_rate)
 
-    monkeypatch.setattr(sys.modules["s4audio.cli.reconstruct"], "read_blocks", read)
-    monkeypatch.setattr(sys.modules["s4audio.cli.reconstruct"], "write_blocks", write)
+    monkeypatch.setattr("s4audio.cli.reconstruct.read_blocks", read)
+    monkeypatch.setattr("s4audio.cli.reconstruct.write_blocks", write)
     assert main(["reconstruct", str(model), str(recording), str(tmp_path / "out.wav")]) == 0
     scanned = events.index("read 0", 1)  # the first pass looks for the peak
     assert events.index("write 0") < scanned + events[scanned:].index("read 2")

@@ -114,7 +114,7 @@ def test_samples_that_are_no_numbers_are_refused_with_their_place(through):
 
 
 def test_it_says_how_fast_it_goes_while_it_goes(through, monkeypatch):
-    monkeypatch.setattr(sys.modules["s4audio.cli.stream"], "EVERY_SECONDS", 0.0)
+    monkeypatch.setattr("s4audio.cli.stream.EVERY_SECONDS", 0.0)
     told = through(sound(4000), "--block", "1000")[1]
     assert [line.split()[1] for line in told.splitlines() if "real-time factor" in line] == [
         "0.2",

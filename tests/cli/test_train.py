@@ -16,6 +16,7 @@ import yaml
 
 from s4audio import S4Model, checkpoint
 from s4audio.cli import main
+from s4audio.cli import train as module
 from tests import hostile
 from tests.cli.commands import ROOT, refused
 
@@ -105,7 +106,6 @@ def test_minutes_are_planned_as_steps(folder, tmp_path, capsys):
 
 
 def test_a_run_that_was_stopped_goes_on(folder, tmp_path, capsys, monkeypatch):
-    module = sys.modules["s4audio.cli.train"]
 
     def stop(*_):
         raise RuntimeError("stopped here")
