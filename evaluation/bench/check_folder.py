@@ -25,6 +25,7 @@ RATE, SECONDS = 16_000, 2
 LONG_RATE = 48_000
 CODE = """
 import contextlib, io, json, sys, time, scipy.signal
+import s4audio.cli.check
 from s4audio.cli import main
 def peak(): return int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) / 1024
 before, start = peak(), time.perf_counter()
