@@ -107,8 +107,9 @@ def main() -> None:
     classes = sorted(path.name for path in Path(args.train).iterdir() if path.is_dir())
     if len(classes) < 2:
         raise SystemExit(f"{args.train} has {len(classes)} subfolders; wanted one for each class.")
+    clips = {folder: read(folder, classes) for folder in (args.test, *args.generated)}  # before minutes of training
     model = train(*read(args.train, classes), len(classes))
-    found = {folder: accuracy(model, *read(folder, classes)) for folder in (args.test, *args.generated)}
+    found = {folder: accuracy(model, *of_folder) for folder, of_folder in clips.items()}
     for folder, figures in found.items():
         print(f"{folder}: {figures['accuracy']:.1%} ± {figures['standard_error']:.1%} of {figures['clips']} clips")
     if args.json:
