@@ -39,10 +39,11 @@ SEES = {  # what each part may import of this package
         "__version__",
     },
     "__main__": {"cli"},
-    "__init__": {"ssm", "layers", "models", "metrics", "checkpoint"},
+    "__init__": set(),  # what it offers is imported by lazy_loader, when it is asked for
 }
 ONLY_IN = {  # who may import these packages
     "lightning": {"tasks", "data", "cli"},
+    "lazy_loader": {"__init__"},
     "triton": {"ssm", "layers"},
     "matplotlib": {"report"},
     "jinja2": {"report"},
