@@ -70,7 +70,7 @@ class LossGraph:
         total = (self.weights * values).sum()
         with torch.autocast("cuda", enabled=False):  # as a backward pass outside of the graph
             gradients = torch.autograd.grad(total, self.parameters, allow_unused=True)
-        return values.detach(), total.detach(), tuple(map(laid_out, gradients, self.parameters))
+        return values.detach(), total.detach(), mean_over_devices(list(map(laid_out, gradients, self.parameters)))
 
     def takes(self, batch: tuple[Tensor, ...]) -> bool:
         """Whether a batch has the captured shapes."""
@@ -102,6 +102,22 @@ def laid_out(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
     if gradient is None or gradient.stride() == parameter.stride():
         return gradient
     return torch.empty_like(parameter).copy_(gradient)
+
+
+def mean_over_devices(gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Of the devices that train together, by one exchange of all gradients in a row; as they are where one trains alone.
+
+    DistributedDataParallel's own exchange starts from hooks of the backward pass, which a graph and `with_gradients` lack.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return tuple(gradients)
+    found = [gradient for gradient in gradients if gradient is not None]
+    # In the order of the memory, whatever the strides are: those of a parameter are the same on every device.
+    row = torch.cat([gradient.as_strided((gradient.numel(),), (1,)) for gradient in found])
+    torch.distributed.all_reduce(row)
+    row /= torch.distributed.get_world_size()
+    parts = iter(row.split([gradient.numel() for gradient in found]))
+    return tuple(g if g is None else next(parts).as_strided(g.shape, g.stride()) for g in gradients)
 
 
 class _WithGradients(torch.autograd.Function):

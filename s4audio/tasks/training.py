@@ -10,7 +10,7 @@ import lightning
 import torch
 from torch import Tensor, nn
 
-from s4audio.tasks.graph import Losses, LossGraph, with_gradients
+from s4audio.tasks.graph import Losses, LossGraph, mean_over_devices, with_gradients
 from s4audio.tasks.optim import SCHEDULES, parameter_groups
 
 MOST_SKIPPED = 10  # updates in a row that are left out before a training with on_nan "skip" stops all the same
@@ -193,6 +193,9 @@ class TrainingTask(lightning.LightningModule):
         self._losses: Losses = torch.compile(losses, dynamic=False) if self.compile_losses else losses
         self.graph = self.unchecked = None
         self.seen = []
+        if self.trainer.world_size > 1 and self.trainer.precision != "16-mixed":  # gradients are shared by the graph
+            parallel: Any = self.trainer.strategy.model
+            parallel.require_backward_grad_sync = False
 
     def on_fit_end(self) -> None:
         self.graph = None  # its memory, and that of weights which may move
@@ -219,7 +222,7 @@ class TrainingTask(lightning.LightningModule):
 
     def _total_and_losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         trainer = self.trainer
-        if trainer.world_size > 1 or trainer.precision == "16-mixed":  # gradients are shared, or scaled, by the trainer
+        if trainer.precision == "16-mixed":  # whose gradients the trainer scales, and so shares, itself
             losses = self._losses(*batch)
             return self.total_loss(losses, self.global_step), losses
         while True:
@@ -229,7 +232,7 @@ class TrainingTask(lightning.LightningModule):
                     return graph(batch, lambda names: self.weights(names, self.global_step))
                 return self._in_parts(batch)
             except torch.OutOfMemoryError:
-                if self.parts >= len(batch[0]):
+                if self.parts >= len(batch[0]) or trainer.world_size > 1:  # the other devices may have had enough
                     raise
             self.parts, self.graph = 2 * self.parts, None  # out of the exception, which holds on to the memory
             torch.cuda.empty_cache()
@@ -257,7 +260,7 @@ class TrainingTask(lightning.LightningModule):
                     (loss / accumulated).backward()
                 total = total + loss.detach()
                 means = {name: share * value.detach() + means.get(name, 0) for name, value in losses.items()}
-            gradients = [parameter.grad for parameter in parameters]
+            gradients = mean_over_devices([parameter.grad for parameter in parameters])
         finally:
             for parameter, gradient in zip(parameters, before, strict=True):
                 parameter.grad = gradient
