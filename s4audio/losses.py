@@ -115,7 +115,7 @@ def multi_resolution_stft(estimate: Tensor, reference: Tensor, sizes: Sequence[i
         floor = 0.01 * S_ref.numel() ** 0.5
         error, size = torch.linalg.vector_norm(S_ref - S_est), torch.linalg.vector_norm(S_ref)
         if estimate.requires_grad and torch.distributed.is_available() and torch.distributed.is_initialized():
-            error, size, floor = norms_over_devices(torch.stack([error, size, size.new_tensor(floor)]))
+            error, size, floor = norms_over_devices(torch.stack([error, size, torch.full_like(size, floor)]))
         convergence = error / size.clamp_min(floor)
         terms.append(convergence + F.l1_loss(S_est.log(), S_ref.log()))
     return torch.stack(terms).mean()
