@@ -78,7 +78,7 @@ def draw(
     H, levels = head.weight.shape
     with torch.cuda.device_of(u):
         _draw[(len(u),)](
-            u.contiguous(), uniform, *head, code, log_p, following, temperature, epsilon, H, levels,
+            u.contiguous(), uniform.contiguous(), *head, code, log_p, following, temperature, epsilon, H, levels,
             C=triton.next_power_of_2(H), LEVELS=triton.next_power_of_2(levels), K=_rows(H, triton.next_power_of_2(levels)),
             num_warps=16,
         )  # fmt: skip

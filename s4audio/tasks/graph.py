@@ -1,5 +1,6 @@
 """The losses of a training step and their gradients as one CUDA graph: a launch in place of thousands."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -55,7 +56,9 @@ class LossGraph:
     def _capture(self, losses: Losses) -> None:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(side), warnings.catch_warnings():
+            # Of nodes that add up gradients, made on another stream and kept by DistributedDataParallel: none run here.
+            warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
             self.names = list(losses(*self.batch))
             self.given = [1.0] * len(self.names)
             self.weights = torch.ones(len(self.names), device=self.batch[0].device)

@@ -316,6 +316,16 @@ def test_fused_steps_draw_the_same(monkeypatch, arguments, temperature, top_p):
     torch.testing.assert_close(found[0].log_likelihood, found[1].log_likelihood, rtol=1e-5, atol=0)
 
 
+def test_fused_draws_read_uniform_numbers_of_any_layout():
+    pytest.importorskip("triton")
+    built, found = model(pools=(), num_blocks=1).to(DEVICE), []
+    uniform = torch.rand(3, 6, generator=seeded()).to(DEVICE).T  # sample by sample, whose clips lie apart
+    with backend("triton"), torch.inference_mode():
+        for numbers in (uniform, uniform.contiguous()):
+            found.append(Stepper(built, built.initial_state(3), 0, 1.0, 1.0)._run(numbers)[0])
+    assert torch.equal(*found)
+
+
 def test_generation_leaves_the_number_of_threads_as_it_was():
     built, threads = model(), torch.get_num_threads()
     with torch.no_grad():
