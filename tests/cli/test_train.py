@@ -105,6 +105,14 @@ def test_minutes_are_planned_as_steps(folder, tmp_path, capsys):
     assert checkpoint.read_config(tmp_path / "run" / "last")["training"]["steps"] == 16
 
 
+@pytest.mark.parametrize("steps", [1, 7, 16, 100, 6132])
+def test_the_end_of_a_run_is_judged(steps):
+    options = module._length(steps, 4)
+    every = int(options[options.index("--save_every") + 1])
+    assert int(options[options.index("--trainer.val_check_interval") + 1]) == 4 * every
+    assert 0 <= steps % every < module.VALIDATIONS  # steps that nobody judges, when the learning rates are down
+
+
 def test_a_run_that_was_stopped_goes_on(folder, tmp_path, capsys, monkeypatch):
 
     def stop(*_):
