@@ -166,7 +166,7 @@ def _given(option: str, value: Any) -> list[str]:
 
 def _length(steps: int, batches: int, validations: int = VALIDATIONS) -> list[str]:
     """So many steps of so many batches, with the learning rates down at the end and a few validations on the way."""
-    every = max(1, steps // validations)  # rounded down: the weights of the end are judged too, or those of a few steps before
+    every = max(1, steps // validations)  # down, so that the weights of the end are judged, or those of a few steps before
     return [
         "--steps", str(steps), "--model.init_args.decay_steps", str(steps), "--save_every", str(every),
         "--trainer.val_check_interval", str(every * batches),
