@@ -193,7 +193,7 @@ class TrainingTask(lightning.LightningModule):
         self._losses: Losses = torch.compile(losses, dynamic=False) if self.compile_losses else losses
         self.graph = self.unchecked = None
         self.seen = []
-        if self.trainer.world_size > 1 and self.trainer.precision != "16-mixed":  # gradients are shared by the graph
+        if self.trainer.world_size > 1 and self.trainer.precision != "16-mixed":  # `mean_over_devices` shares gradients
             parallel: Any = self.trainer.strategy.model
             parallel.require_backward_grad_sync = False
 
