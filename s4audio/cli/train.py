@@ -30,7 +30,8 @@ from s4audio.models.sashimi import RunawayError
 from s4audio.report import Section
 
 RECIPE = "recipe.yaml"  # of a run
-PILOT_STEPS, WARM_UP_STEPS = 16, 6  # that show how long a step takes, and those of them that are not counted
+PILOT_STEPS, WARM_UP_STEPS = 16, 6  # that show how long a step takes, at least, and those of them that are not counted
+PILOT_SHARE = 0.02  # of --minutes, for as many such steps as fit: ten of a GPU's are over in a blink, and tell little
 CLOSING_SECONDS = 30.0  # of --minutes, kept for the sounds, the scores and the page
 VALIDATIONS, THEIR_SHARE = 8, 0.15  # in a run, at most; and of its time
 NOISE_CLIPS, NOISE_SECONDS = 4, 10.0
@@ -179,9 +180,10 @@ def _batches(recipe: dict[str, Any]) -> int:
 
 
 class _Stopwatch(lightning.Callback):
-    """How long steps and a validation take."""
+    """How long steps and a validation take, over so many seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
         self.times: list[float] = []
         self.validation_began = self.validation = 0.0
 
@@ -189,6 +191,8 @@ class _Stopwatch(lightning.Callback):
         if trainer.strategy.root_device.type == "cuda":
             torch.cuda.synchronize()
         self.times.append(time.monotonic())
+        if len(self.times) >= PILOT_STEPS and self.times[-1] - self.times[WARM_UP_STEPS] >= self.seconds:
+            trainer.should_stop = True  # after a validation
 
     def on_validation_start(self, *_: Any) -> None:
         self.validation_began = time.monotonic()
@@ -203,9 +207,9 @@ def _planned(options: list[str], seconds: float) -> list[str]:
     from s4audio.tasks.callbacks import Progress
 
     print("measuring how long a step takes", flush=True)
-    began, watch = time.monotonic(), _Stopwatch()
+    began, watch, never = time.monotonic(), _Stopwatch(PILOT_SHARE * seconds), str(10**9)
     with tempfile.TemporaryDirectory() as pilot:
-        shortly = ["--steps", str(PILOT_STEPS), "--trainer.val_check_interval", str(PILOT_STEPS), "--trainer.devices", "1"]
+        shortly = ["--steps", never, "--trainer.val_check_interval", never, "--save_every", never, "--trainer.devices", "1"]
         run = read_recipe([*options, *shortly, "--trainer.accumulate_grad_batches", "1", "--out", pilot])
         if isinstance(run.model, AdversarialTask):
             run.model.adversarial_start_step = 0  # with a discriminator steps take longer, and most have one

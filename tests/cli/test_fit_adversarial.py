@@ -96,4 +96,4 @@ def test_a_length_in_minutes_is_planned_by_steps_with_a_discriminator(recipe, fo
     monkeypatch.setattr(train._Stopwatch, "on_train_batch_end", note)
     later = ["--model.init_args.adversarial_start_step", "1000"]
     planned = train._planned(["--config", str(recipe), "--train", str(folder), "--out", str(tmp_path / "run"), *later], 60)
-    assert planned[0] == "--steps" and judged == [True] * train.PILOT_STEPS
+    assert planned[0] == "--steps" and all(judged) and len(judged) >= train.PILOT_STEPS

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,17 @@ def test_minutes_are_planned_as_steps(folder, tmp_path, capsys):
     told = capsys.readouterr().out
     assert "measuring how long a step takes" in told and ": 16 steps, 1 validations" in told
     assert checkpoint.read_config(tmp_path / "run" / "last")["training"]["steps"] == 16
+
+
+def test_steps_are_measured_for_as_long_as_was_asked(monkeypatch):
+    clock = iter(range(1000))  # a second a step
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    trainer = types.SimpleNamespace(should_stop=False, strategy=types.SimpleNamespace(root_device=torch.device("cpu")))
+    for seconds, steps in ((0.0, module.PILOT_STEPS), (60.0, 60 + module.WARM_UP_STEPS + 1)):
+        watch, trainer.should_stop = module._Stopwatch(seconds), False
+        while not trainer.should_stop:
+            watch.on_train_batch_end(trainer)
+        assert len(watch.times) == steps
 
 
 @pytest.mark.parametrize("steps", [1, 7, 16, 100, 6132])
