@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from s4audio.layers import ChannelNorm, Residual
+from s4audio.layers import ChannelNorm, GatedBlock, Residual
 from s4audio.models.autoencoder import (
     CausalAutoencoder,
     Generators,
@@ -140,11 +140,13 @@ class ConvVAE(VariationalAutoencoder):
 class S4DVAE(VariationalAutoencoder, CausalAutoencoder):
     """The encoder and decoder of `CausalAutoencoder`, with a Gaussian for each latent number.
 
-    What keeps it from exploding or vanishing: the posterior is read from channels that are normalized frame by frame,
-    however much the blocks before have added up; its mean is normalized over batch and time, channel by channel, so that a
-    latent begins with a variance of 1 and is heard above the noise of the draw; the log variance begins in the middle of its
-    bounds, and comes near them so gently that the `kl` can bring it back; and a channel may say `free_nats` for nothing. The
-    task does its part: a `kl` that warms up, a learning rate of their own for the state spaces' dynamics, clipping.
+    What keeps it from exploding or vanishing: every block begins as its shortcut, so that a waveform comes through from the
+    first step, its phase too, where random state spaces of a long memory would drown it; the posterior is read from channels
+    that are normalized frame by frame, however much the blocks before have added up; its mean is normalized over batch and
+    time, channel by channel, so that a latent begins with a variance of 1 and is heard above the noise of the draw; the log
+    variance begins in the middle of its bounds, and comes near them so gently that the `kl` can bring it back; and a channel
+    may say `free_nats` for nothing. The task does its part: a `kl` that warms up, a learning rate of their own for the state
+    spaces' dynamics, clipping.
 
     It streams if it is not bidirectional, by the mean of the posterior.
 
@@ -185,6 +187,9 @@ class S4DVAE(VariationalAutoencoder, CausalAutoencoder):
         if free_nats < 0:
             raise ValueError(f"free_nats is {free_nats}; wanted 0 or more.")
         self.free_nats = free_nats
+        for block in self.modules():
+            if isinstance(block, GatedBlock):
+                block.begin_as_shortcut()
         self.encoder.insert(-1, ChannelNorm(widths[-1]))  # in front of the Linear that makes the mean
         self.encoder.append(nn.BatchNorm1d(latent_channels))
         self.log_variance = nn.Conv1d(widths[-1], latent_channels, 1)  # before it is bounded

@@ -5,6 +5,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from s4audio import S4DVAE, CausalAutoencoder, ConvVAE
+from s4audio.layers import GatedBlock
 from s4audio.models.vae import VariationalAutoencoder
 from s4audio.tasks.callbacks import Progress
 
@@ -160,3 +161,19 @@ def test_wrong_arguments_are_sentences(vae, arguments, message):
 def test_the_convolutions_want_blocks_and_strides(arguments, message):
     with pytest.raises(ValueError, match=message):
         ConvVAE(8000, **{**DEFAULTS, **arguments})
+
+
+def test_the_blocks_of_an_s4d_vae_begin_as_shortcuts():
+    torch.manual_seed(0)
+    model = S4DVAE(8000, strides=(2, 4), widths=(4, 8, 8), latent_channels=4, num_blocks=1, d_state=8, bidirectional=True)
+    model.eval()
+    impulse = torch.zeros(1, 1, 800)
+    impulse[..., 400] = 1
+    response = (model.encode(impulse) - model.encode(torch.zeros_like(impulse)))[0]
+    heard = response.abs().amax(0).nonzero()
+    assert heard.min() >= 48 and heard.max() <= 52  # the strided convolutions reach so far, state spaces everywhere
+    model.train()
+    audio = 0.1 * torch.randn(2, 1, 800)
+    model.reconstruct(audio)[0].sub(audio).square().mean().backward()
+    blocks = [block for block in model.modules() if isinstance(block, GatedBlock)]
+    assert len(blocks) == 6 and all(block.inner[3].weight.grad.abs().sum() > 0 for block in blocks)  # and learn
