@@ -181,7 +181,7 @@ class GatedBlock(Residual):
     @torch.no_grad()
     def begin_as_shortcut(self) -> None:
         """Has the block return what it is given until training gives it more to say: the half that GLU lets through is 0."""
-        linear = self.inner[3]
+        linear: Any = self.inner[3]
         for parameter in (linear.weight, linear.bias):
             parameter[: len(parameter) // 2] = 0
 
