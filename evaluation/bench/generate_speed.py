@@ -1,12 +1,16 @@
-"""Times SaShiMi as it generates, and the memory of a training step on a long clip.
+"""Times SaShiMi as it generates, and the memory of a training step on a long clip; or any other model, as it makes clips.
 
-    python evaluation/bench/generate_speed.py --device cuda --json FILE
+    python evaluation/bench/generate_speed.py --device cuda --json FILE [--model classical-16k --seconds 10]
 
 The model is that of recipes/sashimi_classical.yaml with fresh weights, on which speed does not depend. For each batch size:
 the first call, of two frames of samples, and what such a call takes afterwards (`start_s`: it freezes the systems and, on a
 GPU, captures the graph of a frame); then the milliseconds of each further step, and samples a second of all clips together.
 The best of --repeats. On a GPU also the peak of the memory of a training step with AdamW on one clip of 131,072 samples
 (--train_samples).
+
+With --model, a model's folder or the name of one that comes with the package, that one instead: seconds that a clip of
+--seconds from noise takes, alone and at the default settings, first and at best, and how many times faster than real time
+the best is.
 """
 
 import argparse
@@ -20,6 +24,8 @@ from typing import Any
 import torch
 import yaml
 
+import s4audio
+from s4audio.checkpoint import fingerprint
 from s4audio.models import SaShiMi
 from s4audio.tasks import parameter_groups
 
@@ -52,6 +58,17 @@ def speed(model: SaShiMi, batch_size: int, num_samples: int, repeats: int) -> di
     }  # fmt: skip
 
 
+def clip_speed(model: Any, seconds: float, repeats: int) -> dict[str, float]:
+    """Of one clip from noise."""
+    took = []
+    for _ in range(1 + repeats):
+        start = time.perf_counter()
+        model.sample(1, round(seconds * model.sample_rate), generator=torch.Generator().manual_seed(0)).cpu()
+        took.append(time.perf_counter() - start)
+    best = min(took[1:])
+    return {"seconds": seconds, "first_call_s": took[0], "s": best, "times_real_time": seconds / best}
+
+
 def training_memory(model: SaShiMi, num_samples: int) -> dict[str, float]:
     """Peak memory in GiB and seconds of one training step on one clip; the second of two, when AdamW's moments are there."""
     model.train()
@@ -78,18 +95,24 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--train_samples", type=int, default=131_072)
+    parser.add_argument("--model", help="time this model's clips from noise instead")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of such a clip (default 10)")
     parser.add_argument("--json", help="file for the figures")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     on_gpu = args.device == "cuda"
     machine = torch.cuda.get_device_name() if on_gpu else f"CPU, {args.threads} of {os.cpu_count()} threads"
-    model = recipe_model(args.device)
+    model: Any = s4audio.load(args.model, args.device) if args.model else recipe_model(args.device)
     parameters = sum(p.numel() for p in model.parameters())
     result: dict[str, Any] = {"machine": f"{machine}, torch {torch.__version__}", "parameters": parameters, "rows": []}
-    for batch_size in args.batch or ((1, 32, 256, 1024, 4096) if on_gpu else (1, 8)):
+    if args.model:
+        result |= {"model": args.model, "sha256": fingerprint(args.model)}
+        result["rows"].append(clip_speed(model, args.seconds, args.repeats))
+        print(", ".join(f"{key} {value:,.4g}" for key, value in result["rows"][-1].items()))
+    for batch_size in () if args.model else args.batch or ((1, 32, 256, 1024, 4096) if on_gpu else (1, 8)):
         result["rows"].append(speed(model, batch_size, args.samples, args.repeats))
         print(", ".join(f"{key} {value:,.4g}" for key, value in result["rows"][-1].items()), flush=True)
-    if on_gpu:
+    if on_gpu and not args.model:
         result["training_step"] = training_memory(model, args.train_samples)
         print("a training step: " + ", ".join(f"{key} {value:,.4g}" for key, value in result["training_step"].items()))
     if args.json:
