@@ -27,14 +27,19 @@ from s4audio.models.autoencoder import (
 from s4audio.models.samplers import Solver, Velocity, flow_times, heun
 
 D_EMBEDDING = 128  # of the time and the label
-NUM_STEPS, GUIDANCE = 12, 2.0  # of sampling, unless told otherwise
+NUM_STEPS, LATENT_STEPS, GUIDANCE = 12, 24, 2.0  # of sampling, unless told otherwise; a latent is short, and made quickly
 PASSES = (0.0, 0.5, 0.7)  # times from which a span is made, and made again; the last time the rest may move with it
 FADE_SECONDS = 0.02  # in a span, from its borders
+WINDOWS = 32  # clips at a time, at most, that a window of a longer batch is taken from
 SMALLEST_DEVIATION = 1e-4  # of a channel of the data: what never changes is not blown up
 
 
 class Flow(nn.Module):
     """Rectified flow by a U-Net of bidirectional S4D blocks, on raw audio or on the latents of an autoencoder.
+
+    What is longer than the clips of the training is made through windows as long as those, each of which overlaps the next
+    by half or more: at every step they agree on the mean of their velocities. S4D takes any length, but the sums that its
+    slowest modes come to in a longer one were never seen, and what it makes of them is mush.
 
     Args:
         sample_rate: of the audio it is trained on, in Hz.
@@ -53,7 +58,7 @@ class Flow(nn.Module):
         ValueError: arguments that do not fit each other or lie outside their range, or what S4D refuses.
 
     Source: Liu et al. 2023, "Flow straight and fast: learning to generate and transfer data with rectified flow"; guidance
-    from Ho and Salimans 2022, "Classifier-free diffusion guidance".
+    from Ho and Salimans 2022, "Classifier-free diffusion guidance"; windows from Bar-Tal et al. 2023, "MultiDiffusion".
     """
 
     def __init__(
@@ -90,6 +95,7 @@ class Flow(nn.Module):
         self.dt_min, self.dt_max = dt_min, dt_max
         self.autoencoder = None if autoencoder is None else autoencoder.eval().requires_grad_(False)
         self.frame = 1 if autoencoder is None else autoencoder.hop_length  # samples of a point of the data
+        self.default_steps = NUM_STEPS if autoencoder is None else LATENT_STEPS
         self.hop_length = self.frame * math.prod(strides)  # and of the innermost stage
         dims: int = channels if autoencoder is None else autoencoder.latent_channels
 
@@ -114,6 +120,8 @@ class Flow(nn.Module):
         self.data_mean: Tensor
         self.data_square: Tensor
         self.num_batches: Tensor
+        self.trained_length: Tensor
+        self.register_buffer("trained_length", torch.zeros((), dtype=torch.long))  # of the longest clip, in points
         self.register_buffer("data_mean", torch.zeros(dims, 1))
         self.register_buffer("data_square", torch.ones(dims, 1))
         self.register_buffer("num_batches", torch.zeros(()))
@@ -171,7 +179,7 @@ class Flow(nn.Module):
         *,
         label: Tensor | None = None,
         generator: Generators = None,
-        num_steps: int = NUM_STEPS,
+        num_steps: int | None = None,
         guidance: float = GUIDANCE,
         solver: Solver = heun,
     ) -> Tensor:
@@ -182,7 +190,7 @@ class Flow(nn.Module):
             num_samples: of each clip.
             label: (B,) numbers of classes; None leaves it to the noise.
             generator: one, or one per clip.
-            num_steps: of the solver; 4 are quick, 50 exact.
+            num_steps: of the solver; 4 are quick, 50 exact. None takes 12 for samples and 24 for latents.
             guidance: 1 follows what was learned of the label, more than 1 exaggerates it, 0 forgets it.
             solver: one of samplers.
 
@@ -191,7 +199,7 @@ class Flow(nn.Module):
         """
         shape = (batch_size, len(self.data_mean), -(-num_samples // self.frame))
         x = noise(shape, generator).to(self.data_mean)
-        audio = self._audio(self._solved(self._velocity(label, guidance), x, flow_times(num_steps), solver), num_samples)
+        audio = self._audio(self._solved(self._velocity(label, guidance), x, self._times(num_steps), solver), num_samples)
         return audio / audio.abs().amax((1, 2), keepdim=True).clamp_min(1)
 
     @torch.no_grad()
@@ -202,7 +210,7 @@ class Flow(nn.Module):
         generator: Generators = None,
         *,
         label: Tensor | None = None,
-        num_steps: int = NUM_STEPS,
+        num_steps: int | None = None,
         guidance: float = GUIDANCE,
     ) -> Tensor:
         """The clips again, mixed with noise up to time 1 - strength and brought back.
@@ -218,7 +226,7 @@ class Flow(nn.Module):
         """
         if not 0 <= strength <= 1:
             raise ValueError(f"the variation is {strength}; wanted 0 (the clip itself) to 1 (another clip).")
-        velocity, times = self._velocity(label, guidance), flow_times(num_steps, 1 - strength)
+        velocity, times = self._velocity(label, guidance), self._times(num_steps, 1 - strength)
         data = self._data(audio)
         if strength == 0:
             return audio if self.autoencoder is None else self.autoencoder.decode(data, audio.shape[-1])
@@ -234,7 +242,7 @@ class Flow(nn.Module):
         generator: Generators = None,
         *,
         label: Tensor | None = None,
-        num_steps: int = NUM_STEPS,
+        num_steps: int | None = None,
         guidance: float = GUIDANCE,
     ) -> Tensor:
         """The clips with the samples from `start` to `stop` made anew, to fit what is around them.
@@ -265,10 +273,11 @@ class Flow(nn.Module):
         places = torch.arange(data.shape[-1], device=data.device)
         free = (places >= start // self.frame) & (places < -(-stop // self.frame))
         made, x = self._velocity(label, guidance), data
+        steps = self.default_steps if num_steps is None else num_steps
         for time in PASSES:
             drawn = noise(data.shape, generator).to(data)
             velocity = made if time == PASSES[-1] else _with_known(made, free, data - drawn)
-            times = flow_times(math.ceil(num_steps * (1 - time)), time)
+            times = flow_times(math.ceil(steps * (1 - time)), time)
             x = self._solved(velocity, torch.lerp(drawn, torch.where(free, x, data), time), times)
         fade = min(round(FADE_SECONDS * self.sample_rate), stop - start - 1)  # what one border moves stays off the other
         return torch.where(outside, audio, _joined(audio, self._audio(x, length), start, stop, fade))
@@ -280,7 +289,7 @@ class Flow(nn.Module):
         *,
         generator: Generators = None,
         label: Tensor | None = None,
-        num_steps: int = NUM_STEPS,
+        num_steps: int | None = None,
         guidance: float = GUIDANCE,
     ) -> Tensor:
         """(B, channels, num_samples) that follow on (B, channels, T), as `inpaint` makes them."""
@@ -298,7 +307,7 @@ class Flow(nn.Module):
         num: int,
         *,
         label: Tensor | None = None,
-        num_steps: int = NUM_STEPS,
+        num_steps: int | None = None,
     ) -> Tensor:
         """(num, channels, T) clips on the way from one to another: their noises, found by going back, and those in between.
 
@@ -320,15 +329,41 @@ class Flow(nn.Module):
             raise ValueError(f"num is {num}; wanted at least 2, the two ends.")
         ends = self._normalized(self._data(torch.stack([first, last])))
         label = None if label is None else label.expand(num)
-        times = flow_times(num_steps)
+        times = self._times(num_steps)
         a, b = self._solved(self._velocity(None if label is None else label[:2], 1.0), ends, times[::-1])
         x = torch.stack([_slerp(a, b, index / (num - 1)) for index in range(num)])
         return self._audio(self._solved(self._velocity(label, 1.0), x, times), first.shape[-1])
 
+    def _times(self, num_steps: int | None, start: float = 0.0) -> list[float]:
+        return flow_times(self.default_steps if num_steps is None else num_steps, start)
+
+    def _through_windows(self, x: Tensor, t: float, label: Tensor | None = None) -> Tensor:
+        """The velocities (B, D, L) of points at one time; of more than a clip of the training, the mean over windows."""
+        window, length = int(self.trained_length), x.shape[-1]
+        if not 0 < window < length:
+            return self(x, x.new_full((len(x),), t), label)
+        count = 1 + math.ceil((length - window) / (window / 2))
+        starts = [round(index * (length - window) / (count - 1)) for index in range(count)]
+        views = torch.cat([x[..., start : start + window] for start in starts])  # (count B, D, window)
+        labels = None if label is None else label.repeat(count)
+        found = torch.cat(
+            [
+                self(part, part.new_full((len(part),), t), None if labels is None else labels[first : first + len(part)])
+                for first, part in zip(range(0, len(views), WINDOWS), views.split(WINDOWS), strict=True)
+            ]
+        )
+        # A window counts most in its middle, where it hears as much of what was before as of what comes.
+        share = torch.hann_window(window + 2, periodic=False, device=x.device, dtype=x.dtype)[1:-1]
+        total, shares = torch.zeros_like(x), x.new_zeros(length)
+        for start, velocity in zip(starts, found.split(len(x)), strict=True):
+            total[..., start : start + window] += share * velocity
+            shares[start : start + window] += share
+        return total / shares
+
     def _velocity(self, label: Tensor | None, guidance: float) -> Velocity:
         """What a solver follows, with classifier-free guidance where there are labels."""
         if label is None:
-            return lambda x, t: self(x, x.new_full((len(x),), t))
+            return self._through_windows
         check_labels(label, self.classes)
         if not 0 <= guidance < math.inf:
             raise ValueError(f"guidance is {guidance}; wanted at least 0, usually 1 to 4.")
@@ -338,8 +373,8 @@ class Flow(nn.Module):
             if len(label) != len(x):
                 raise ValueError(f"label has {len(label)} numbers for {len(x)} clips; wanted one for each.")
             if guidance == 1:
-                return self(x, x.new_full((len(x),), t), label)
-            guided, free = self(x.repeat(2, 1, 1), x.new_full((2 * len(x),), t), both).chunk(2)
+                return self._through_windows(x, t, label)
+            guided, free = self._through_windows(x.repeat(2, 1, 1), t, both).chunk(2)
             return torch.lerp(free, guided, guidance)
 
         return velocity
@@ -366,8 +401,9 @@ class Flow(nn.Module):
 
     @torch.no_grad()
     def _follow(self, data: Tensor) -> None:
-        """The mean and the mean square of all data so far, channel by channel."""
+        """The mean and the mean square of all data so far, channel by channel, and how long they were."""
         self.num_batches += 1
+        self.trained_length.clamp_min_(data.shape[-1])
         self.data_mean.lerp_(data.mean((0, 2)).unsqueeze(-1), 1 / self.num_batches)
         self.data_square.lerp_(data.square().mean((0, 2)).unsqueeze(-1), 1 / self.num_batches)
 

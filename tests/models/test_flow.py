@@ -2,12 +2,14 @@
 
 import math
 import time
+from itertools import pairwise
 
 import pytest
 import torch
 
 from s4audio import S4DVAE, CausalAutoencoder, ConvVAE, Flow, S4Model
 from s4audio.models import euler
+from s4audio.models.flow import WINDOWS
 from s4audio.tasks.optim import parameter_groups
 from tests.models.test_samplers import gaussian_velocity
 
@@ -128,6 +130,40 @@ def test_guidance_goes_from_no_label_through_the_label_and_beyond(monkeypatch):
     for guidance in (0.0, 1.0, 2.5):
         wanted = (4 + guidance * (label.float() ** 2 - 4)).view(-1, 1, 1).expand_as(x)  # 2 is no label
         torch.testing.assert_close(model._velocity(label, guidance)(x, 0.3), wanted)
+
+
+def test_a_longer_clip_is_made_through_windows_of_the_training(monkeypatch):
+    """They are as long as its longest clip, cover everything, overlap by half or more, and agree on a smooth mean."""
+    model = flow(classes=("a", "b"))
+    for length in (32, 40, 16):
+        model.training_losses(torch.randn(2, 1, length), torch.tensor([0, 1]))
+    assert model.trained_length == 40
+    model.eval()
+    places, seen = torch.arange(243.0).expand(3, 1, -1), []
+
+    def forward(x, time, label=None):
+        assert time.shape == label.shape == x.shape[:1] and len(x) <= WINDOWS
+        seen.extend(zip(x[:, 0, 0].tolist(), x[:, 0, -1].tolist(), label.tolist(), strict=True))
+        return torch.full_like(x, 1.0) * x[..., :1] + label.view(-1, 1, 1)
+
+    monkeypatch.setattr(model, "forward", forward)
+    found = model._through_windows(places, 0.5, torch.tensor([0, 1, 0]))
+    starts = sorted({start for start, *_ in seen})
+    assert starts[0] == 0 and starts[-1] == 243 - 40 and max(b - a for a, b in pairwise(starts)) <= 20
+    assert all(last - first == 39 for first, last, _ in seen) and len(seen) == 3 * len(starts) > WINDOWS
+    torch.testing.assert_close(found[1], found[0] + 1)  # every clip by its own label
+    torch.testing.assert_close(found[2], found[0])
+    assert found[0, 0, 0] == 0 and found[0, 0, -1] == 243 - 40 and (found.diff() > -1e-4).all() and found.diff().max() < 3
+    short = places[..., :40]
+    assert torch.equal(model._through_windows(short, 0.5, torch.tensor([0, 0, 0])), torch.zeros_like(short))
+
+
+def test_windows_change_nothing_where_a_point_hears_only_itself(monkeypatch):
+    model = flow().eval()
+    gaussian(monkeypatch, model)
+    whole = model.sample(2, 64, generator=seeded(1))
+    model.trained_length.fill_(24)
+    torch.testing.assert_close(model.sample(2, 64, generator=seeded(1)), whole)
 
 
 @pytest.mark.parametrize("name", ["raw", "latent"])
