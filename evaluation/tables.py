@@ -182,6 +182,54 @@ def percent(line: dict[str, Any], key: str) -> str:
     return f"{line[key]:.1%}" + (f" ± {100 * spread:.1f}" if spread is not None else "")
 
 
+def generators() -> str:
+    rows: list[tuple[str, ...]] = [
+        (
+            "", "FID", "FID∞", "KAD", "density, coverage", "near copies", "told apart", "FID by log_mel", "KAD by log_mel",
+            "told apart",
+        )
+    ]  # fmt: skip
+    for path in sorted(RESULTS.glob("generators_*.json")):
+        found = json.loads(path.read_text())
+        data = path.stem.partition("_")[2]
+        for row in found["rows"]:
+            rows.append((f"{data}: {row['model']}", *scores_of(row["the_trained_encoder"], row["log_mel"])))
+        by, log_mel = (found["rows"][0][name]["train_against_test"] for name in ("the_trained_encoder", "log_mel"))
+        floor = (number(by["fid"]), number(by["fid_infinity"]), number(by["kad"]), "", "", "", number(log_mel["fid"]))
+        rows.append((f"{data}: the training clips themselves", *floor, number(log_mel["kad"]), ""))
+    return table(*rows)
+
+
+def scores_of(judged: dict[str, Any], log_mel: dict[str, Any]) -> tuple[str, ...]:
+    def with_interval(scores: dict[str, Any], key: str) -> str:
+        if scores[key] is None:
+            return "-"
+        return f"{number(scores[key])} ({' to '.join(map(number, scores[f'{key}_interval']))})"
+
+    def apart(scores: dict[str, Any]) -> str:
+        found = scores["verdict"]["distinguishable"]
+        return "-" if found is None else "yes" if found else "no"
+
+    at_n = judged["at_equal_n"] or {}
+    near = f"{judged['share_nearer_to_train_than_1_percent_of_test']:.1%}"
+    spread = ", ".join("-" if at_n.get(key) is None else number(at_n[key]) for key in ("density", "coverage"))
+    return (
+        *(with_interval(judged, key) for key in ("fid", "fid_infinity", "kad")), spread, near, apart(judged),
+        *(with_interval(log_mel, key) for key in ("fid", "kad")), apart(log_mel),
+    )  # fmt: skip
+
+
+def likelihood() -> str:
+    rows: list[tuple[str, ...]] = [("", "parameters", "bits a sample", "deviation over files", "steps, seconds to them")]
+    for data in ("classical", "digits"):
+        for row in read(f"likelihood_{data}")["rows"]:
+            training = row.get("training")
+            steps = f"{training['steps']:,}, {training['wall_seconds']:.0f}" if training else ""
+            bits, spread = f"{row['bits_per_sample']:.3f}", f"{row['bits_per_sample_std_of_files']:.2f}"
+            rows.append((f"{data}: {row['model']}", f"{row['parameters']:,}", bits, spread, steps))
+    return table(*rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "system4": system4,
     "real_audio": real_audio,
@@ -189,6 +237,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "ssm_conv_cuda": ssm_conv_cuda,
     "train_step": train_step,
     "scifar": scifar,
+    "generators": generators,
+    "likelihood": likelihood,
 }
 
 
