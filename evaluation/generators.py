@@ -10,12 +10,14 @@ models, and by log_mel: FID, FID∞, KAD with their intervals, beside what the t
 density and coverage; and how many clips are as near to a training clip as only 1 % of the test clips are. Models that fill
 spans or go on with recordings do that with test clips too, to see whether the audio steps at the borders.
 
-OUT gets a folder of WAV files for each model, scores.json, and report.html with the clips of seeds 0 to 3 of each.
+OUT gets a folder of WAV files for each model, scores.json, and report.html with the clips of seeds 0 to 3 of each. Clips
+that the same weights made there before are not made again.
 """
 
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ import s4audio
 from s4audio import checkpoint
 from s4audio.audio import find_audio, normalize, read_audio, write_audio
 from s4audio.cli.evaluate import embedding
+from s4audio.metrics.embeddings import Embedding
+from s4audio.metrics.evaluator import Folder
 from s4audio.report import Clip, Section, write_page
 
 HEARD = 4  # clips of each model on the page
@@ -47,9 +51,25 @@ def cut(folder: str, out: Path, seconds: float, rate: int) -> int:
     return number
 
 
+class Listener(s4audio.Evaluator):
+    """An evaluator that listens to each folder once, however many models it scores against it."""
+
+    def __init__(self, embedding: str | Embedding, sample_rate: int) -> None:
+        super().__init__(embedding, sample_rate=sample_rate)
+        self.heard: dict[str, Folder] = {}
+
+    def embed(self, embedding: Embedding, folder: str | Path, files: Sequence[Path], rate: int) -> Folder:
+        if str(folder) not in self.heard:
+            self.heard[str(folder)] = super().embed(embedding, folder, files, rate)
+        return self.heard[str(folder)]
+
+
 @torch.no_grad()
 def make(path: str, out: Path, number: int, seconds: float, device: str, batch_size: int) -> float:
     """Writes clips that a model makes of noise; returns how long one took, in seconds."""
+    note, by = out / "made.json", {"sha256": checkpoint.fingerprint(path), "clips": number, "seconds": seconds}
+    if note.exists() and by.items() <= (before := json.loads(note.read_text())).items():
+        return before["seconds_a_clip"]
     model: Any = s4audio.load(path, device)
     classes, length, took = len(getattr(model, "classes", ())), round(seconds * model.sample_rate), 0.0
     for first in range(0, number, batch_size):
@@ -62,6 +82,7 @@ def make(path: str, out: Path, number: int, seconds: float, device: str, batch_s
         for seed, clip in zip(seeds, clips, strict=True):
             name = f"{model.classes[seed % classes]}_{seed:05d}" if classes else f"{seed:05d}"
             write_audio(out / f"{name}.wav", clip, model.sample_rate)
+    note.write_text(json.dumps({**by, "seconds_a_clip": took / number}))
     return took / number
 
 
@@ -92,7 +113,7 @@ def seams(path: str, test: Path, device: str, many: int = 16) -> dict[str, float
     return found
 
 
-def score(evaluator: s4audio.Evaluator, made: Path, test: Path, train: Path) -> dict[str, Any]:
+def score(evaluator: Listener, made: Path, test: Path, train: Path) -> dict[str, Any]:
     """The scores that are kept of a folder of clips."""
     found = evaluator.evaluate(made, test, train)
     assert found.to_train is not None and found.reference_to_train is not None  # for mypy; there is a training folder
@@ -158,7 +179,7 @@ def main() -> None:
         rows[-1] |= {"sha256": checkpoint.fingerprint(folder), "training": checkpoint.read_config(folder)["training"]}
     tables: dict[str, list[tuple[str, ...]]] = {"the trained encoder": [HEADING], "log_mel": [HEADING]}
     for by, which in zip(tables, (args.judge, "log_mel"), strict=True):
-        evaluator = s4audio.Evaluator(embedding(which), sample_rate=rate)
+        evaluator = Listener(embedding(which), sample_rate=rate)
         for row in rows:
             row[by.replace(" ", "_")] = scores = score(evaluator, args.out / row["model"], real["test"], real["train"])
             tables[by].append(table_row(row["model"], scores))

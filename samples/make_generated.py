@@ -13,7 +13,7 @@ import s4audio
 from s4audio.audio import write_audio
 from s4audio.report import Clip, Section, write_page
 
-SEEDS = range(8)
+SEEDS, SECONDS = range(8), 10
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 HERE = Path(__file__).parent
 
@@ -21,25 +21,37 @@ HERE = Path(__file__).parent
 def count(model: Any, seed: int) -> torch.Tensor:
     """(1, 80000): a second of each word, from zero to nine."""
     label = torch.tensor([model.classes.index(word) for word in WORDS])
-    return model.sample(len(WORDS), model.sample_rate, label=label, generator=torch.Generator().manual_seed(seed)).flatten()[
-        None
-    ]
+    words = model.sample(len(WORDS), model.sample_rate, label=label, generator=torch.Generator().manual_seed(seed))
+    return words.flatten()[None]
+
+
+def play(model: Any, seed: int) -> torch.Tensor:
+    """(1, 160000): ten seconds."""
+    return model.sample(1, SECONDS * model.sample_rate, generator=torch.Generator().manual_seed(seed))[0]
+
+
+MADE = {  # of each pretrained model: its files' names, what makes a clip, and what that is
+    "classical-16k": ("classical", play, f"{SECONDS} seconds of music that nobody wrote."),
+    "digits-8k": ("digits", count, f"{', '.join(WORDS)}, a second each; every word from noise of its own."),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "generated")
     out = parser.parse_args().out
-    model: Any = s4audio.load("digits-8k")
-    clips = []
-    for seed in SEEDS:
-        audio = count(model, seed)
-        write_audio(out / f"digits_{seed}.flac", audio, model.sample_rate)
-        clips.append(Clip(f"seed {seed}", audio, model.sample_rate))
-        print(out / f"digits_{seed}.flac", flush=True)
-    text = [f"{', '.join(WORDS)}, a second each; every word from noise of its own."]
+    sections = []
+    for name, (stem, make, text) in MADE.items():
+        model: Any = s4audio.load(name)
+        clips = []
+        for seed in SEEDS:
+            audio = make(model, seed)
+            write_audio(out / f"{stem}_{seed}.flac", audio, model.sample_rate)
+            clips.append(Clip(f"seed {seed}", audio, model.sample_rate))
+            print(out / f"{stem}_{seed}.flac", flush=True)
+        sections.append(Section(name, [text], clips))
     lead = "From noise, in the steps that generate takes if it is told nothing; seeds 0 to 7, not chosen by ear."
-    write_page(out / "generated.html", "What the pretrained models make", lead, [Section("digits-8k", text, clips)])
+    write_page(out / "generated.html", "What the pretrained models make", lead, sections)
     print(out / "generated.html")
 
 

@@ -71,7 +71,7 @@ def test_train_makes_a_flow_of_latents_with_sounds_scores_and_a_page(folder, tmp
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     autoencoder = CausalAutoencoder(16_000, strides=(16,), widths=(4, 8), latent_channels=3, d_state=4)
-    save(autoencoder, tmp_path / "runs" / "autoencoder_16k_adversarial" / "best")
+    save(autoencoder, tmp_path / "runs" / "autoencoder_16k_convolution" / "best")
     recipe = recipe_file(tmp_path, "flow_16k")
     assert main(["train", str(folder), "--recipe", recipe, "--steps", "2", "--out", "run"]) == 0
     shutil.rmtree(tmp_path / "runs")
@@ -111,5 +111,5 @@ def test_what_does_not_fit_together_is_refused(spoken, folder, tmp_path, capsys)
     assert "CausalAutoencoder takes no labels" in refused(capsys, *debug, "--data.init_args.labels", "folder")
     latent = recipe_file(tmp_path, "flow_16k")
     error = refused(capsys, "fit", "--config", latent, "--out", str(tmp_path / "run"), "--train", str(folder))
-    assert "runs/autoencoder_16k_adversarial/best, is not there; train it first" in error
+    assert "runs/autoencoder_16k_convolution/best, is not there; train it first" in error
     assert not (tmp_path / "run").exists()
