@@ -3,11 +3,12 @@
 import math
 import time
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 
-from s4audio import S4DVAE, CausalAutoencoder, ConvVAE, Flow, S4Model
+from s4audio import S4DVAE, CausalAutoencoder, ConvVAE, Flow, S4Model, load
 from s4audio.models import euler
 from s4audio.models.flow import WINDOWS
 from s4audio.tasks.optim import parameter_groups
@@ -342,11 +343,8 @@ def test_gpu_sampling_is_that_of_the_cpu(name):
 
 @pytest.mark.gpu
 def test_gpu_ten_seconds_take_less_than_one():
-    """With the network of recipes/flow_16k.yaml on latents at 1,000 a second."""
-    autoencoder = CausalAutoencoder(
-        16_000, strides=(16,), widths=(32, 128), latent_channels=8, num_blocks=(0, 4), d_state=32
-    )
-    model = Flow(16_000, autoencoder=autoencoder, strides=(4, 4), widths=(32, 128, 160), num_blocks=(1, 2, 3)).cuda().eval()
+    """Of the pretrained model, through windows of four."""
+    model: Any = load("classical-16k", "cuda")
     model.sample(1, 160_000)
     torch.cuda.synchronize()
     began = time.monotonic()
