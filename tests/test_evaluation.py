@@ -325,7 +325,7 @@ def test_generators_are_scored_beside_what_training_clips_score(tmp_path):
     told = run("generators.py", *common, *models, "--out", str(tmp_path / "out"), "--seconds", "1.1", "--clips", "5")
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert (scores["train_clips"], scores["test_clips"]) == (8, 6)  # each shorter than a clip, and filled up
-    assert sorted(file.name for file in (tmp_path / "out" / "flow").iterdir()) == [
+    assert sorted(file.name for file in (tmp_path / "out" / "flow").glob("*.wav")) == [
         "high_00000.wav", "high_00002.wav", "high_00004.wav", "low_00001.wav", "low_00003.wav"
     ]  # fmt: skip
     made, rate = soundfile.read(tmp_path / "out" / "net" / "00003.wav")
@@ -340,6 +340,11 @@ def test_generators_are_scored_beside_what_training_clips_score(tmp_path):
     assert 0 < seams["flow"]["continue_largest_step_against_elsewhere"] < 1
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("<audio") == 12 and "flow: 5 clips of 1.1 s" in told
+    clips = [tmp_path / "out" / "net" / "00003.wav", tmp_path / "out" / "flow" / "high_00002.wav"]
+    before = [(clip.read_bytes(), clip.stat().st_mtime_ns) for clip in clips]
+    save(CausalAutoencoder(8000, **size, latent_channels=2), tmp_path / "net")  # with other weights
+    run("generators.py", *common, *models, "--out", str(tmp_path / "out"), "--seconds", "1.1", "--clips", "5")
+    assert clips[0].read_bytes() != before[0][0] and clips[1].stat().st_mtime_ns == before[1][1]
     command = [sys.executable, "evaluation/generators.py", *common, "--model", f"judge={tmp_path / 'judge'}"]
     refused = subprocess.run([*command, "--out", str(tmp_path / "o")], cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 1 and "the judge is judge itself" in refused.stderr
