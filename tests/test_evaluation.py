@@ -299,6 +299,11 @@ def test_the_speed_of_generation_is_measured(tmp_path):
     told = run("bench/generate_speed.py", "--batch", "2", "--samples", "40", "--repeats", "1", "--json", str(tmp_path / "f"))
     (row,) = json.loads((tmp_path / "f").read_text())["rows"]
     assert row["samples_a_second"] == pytest.approx(2 * 1e3 / row["ms_a_step"]) and "batch 2" in told
+    save(CausalAutoencoder(8000, strides=(2,), widths=(4, 4), d_state=4, latent_channels=2), tmp_path / "net")
+    of_clip = ["--model", str(tmp_path / "net"), "--seconds", "0.5", "--repeats", "2", "--json", str(tmp_path / "f")]
+    run("bench/generate_speed.py", *of_clip)
+    (row,) = json.loads((tmp_path / "f").read_text())["rows"]
+    assert row["times_real_time"] == pytest.approx(0.5 / row["s"]) and row["first_call_s"] > 0
 
 
 def write_words(folder: Path, per_class: int, seed: int) -> None:

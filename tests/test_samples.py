@@ -2,12 +2,17 @@
 
 import importlib.util
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+import torch
+
+from s4audio import Flow
+from s4audio.checkpoint import load, read_config, save
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 CLIPS = sorted([*SAMPLES.glob("train/*.flac"), *SAMPLES.glob("valid/*.flac")])
@@ -119,3 +124,16 @@ def test_the_midi_file_has_every_note_and_ends_one_before_it_is_struck_again(ren
     ]  # fmt: skip
     assert [event[:2] for event in events if event[2] == 1] == [(1, "note_on"), (1.5, "note_off")]
     assert max(event[0] for event in events) <= renderer.LONGEST and sum(event[3] == 62 for event in events) <= 1
+
+
+def test_a_pretrained_model_keeps_its_state_spaces_and_rounds_its_matrices(tmp_path):
+    net = Flow(8000, strides=(2,), widths=(4, 4), num_blocks=1, d_state=4).eval()
+    save(net, tmp_path / "run", {"steps": 7})
+    command = [sys.executable, SAMPLES / "make_pretrained.py", tmp_path / "run", "small", "--out", tmp_path]
+    subprocess.run(command, check=True)
+    kept, small = load(tmp_path / "run").state_dict(), load(tmp_path / "small").state_dict()
+    rounded = {name for name in kept if not torch.equal(kept[name], small[name])}
+    assert rounded and all(name.endswith(".weight") for name in rounded) and not any(".log_dt" in name for name in rounded)
+    assert all(torch.equal(kept[name].half().float(), small[name]) for name in rounded)
+    size, smaller = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("run", "small"))
+    assert smaller < size and read_config(tmp_path / "small")["training"] == {"steps": 7}

@@ -194,7 +194,8 @@ class _Stopwatch(lightning.Callback):
         if trainer.strategy.root_device.type == "cuda" and (ends or len(self.times) <= WARM_UP_STEPS + 1):
             torch.cuda.synchronize()
             self.times[-1] = time.monotonic()
-        trainer.should_stop = ends  # after a validation
+        if ends:  # and where not, whoever else wants a stop keeps it
+            trainer.should_stop = True  # after a validation
 
     def on_validation_start(self, *_: Any) -> None:
         self.validation_began = time.monotonic()

@@ -30,7 +30,7 @@ D_EMBEDDING = 128  # of the time and the label
 NUM_STEPS, LATENT_STEPS, GUIDANCE = 12, 24, 2.0  # of sampling, unless told otherwise; a latent is short, and made quickly
 PASSES = (0.0, 0.5, 0.7)  # times from which a span is made, and made again; the last time the rest may move with it
 FADE_SECONDS = 0.02  # in a span, from its borders
-WINDOWS = 32  # clips at a time, at most, that a window of a longer batch is taken from
+WINDOWS = 32  # at most, that go through the network at a time
 SMALLEST_DEVIATION = 1e-4  # of a channel of the data: what never changes is not blown up
 
 
