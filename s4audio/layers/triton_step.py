@@ -15,7 +15,8 @@ from torch import Tensor
 
 CLIPS = 128  # at most: every program reads all weights, and with more clips products of matrices read them less often
 CHANNELS = 512  # at most
-NUMBERS = 8192  # of a weight matrix that a program asks for at a time; it waits for memory so many times less often
+WHOLE = 64  # channels up to which a program keeps whole weights in registers, and asks for them before it needs them
+ROWS, NUMBERS = 64, 16384  # at most, of a larger weight that it asks for at a time
 
 
 class Pairs(NamedTuple):
@@ -48,14 +49,19 @@ def through_pairs(u: Tensor, pairs: Pairs, epsilon: float) -> Tensor:
     with torch.cuda.device_of(u):
         _pairs[(len(u),)](
             u.contiguous(), y, *pairs, len(pairs.D), len(u), epsilon, H, modes, C=C, N=triton.next_power_of_2(modes),
-            K=_rows(H, C), num_warps=16,
+            K=_rows(H, C), WHOLE=C <= WHOLE, num_warps=_warps(C),
         )  # fmt: skip
     return y
 
 
+def _warps(channels: int) -> int:
+    """Of a program: more read faster, and wait for each other longer. Measured on an H100."""
+    return 4 if channels <= 128 else 8 if channels <= 256 else 16
+
+
 def _rows(inputs: int, outputs: int) -> int:
     """How many rows of a weight (inputs, outputs) a program asks for at a time."""
-    return min(triton.next_power_of_2(inputs), max(1, NUMBERS // outputs))
+    return min(triton.next_power_of_2(inputs), ROWS, max(1, NUMBERS // outputs))
 
 
 class Head(NamedTuple):
@@ -76,21 +82,21 @@ def draw(
     code = torch.empty(len(u), dtype=torch.long, device=u.device)
     log_p = torch.empty(len(u), device=u.device)
     H, levels = head.weight.shape
+    C, wide = triton.next_power_of_2(H), triton.next_power_of_2(levels)
     with torch.cuda.device_of(u):
         _draw[(len(u),)](
             u.contiguous(), uniform.contiguous(), *head, code, log_p, following, temperature, epsilon, H, levels,
-            C=triton.next_power_of_2(H), LEVELS=triton.next_power_of_2(levels), K=_rows(H, triton.next_power_of_2(levels)),
-            num_warps=16,
+            C=C, LEVELS=wide, K=_rows(H, wide), WHOLE=C * wide <= NUMBERS, num_warps=4,
         )  # fmt: skip
     return code, log_p
 
 
 @triton.jit
-def _norm(u, weight, bias, h, exists, channels, epsilon):
+def _norm(u, weight, bias, exists, channels, epsilon):
     mean = tl.sum(u, 0) / channels
     centred = tl.where(exists, u - mean, 0.0)
     scale = 1 / tl.sqrt(tl.sum(centred * centred, 0) / channels + epsilon)
-    return centred * scale * tl.load(weight + h, exists, 0.0) + tl.load(bias + h, exists, 0.0)
+    return centred * scale * weight + bias
 
 
 @triton.jit
@@ -135,58 +141,93 @@ def _two_products(passed, inputs, weight, stride, out, exists, C: tl.constexpr, 
 @triton.jit
 def _pairs(
     u, y, norms, A, C_, D, gate, gate_bias, wide, wide_bias, back, back_bias, z, passed, num_pairs, batch, epsilon, channels,
-    modes, C: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    modes, C: tl.constexpr, N: tl.constexpr, K: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     b, h, n = tl.program_id(0), tl.arange(0, C), tl.arange(0, N)
     exists = h < channels
     tile, in_tile = h[:, None] * modes + n[None, :], exists[:, None] & (n < modes)[None, :]
-    size, passed = channels * modes, passed + b * 2 * channels
+    size, square, passed = channels * modes, 2 * channels * channels, passed + b * 2 * channels
+    both, across = h[:, None] * 2 * channels + h[None, :], h[:, None] * channels + h[None, :]
+    in_square = exists[:, None] & exists[None, :]
     v = tl.load(u + b * channels + h, exists, 0.0)
     for p in range(num_pairs):
-        norm = norms + p * 4 * channels
-        s = _norm(v, norm, norm + channels, h, exists, channels, epsilon)
+        # Whatever does not depend on v is asked for before it is needed: nothing is read ahead across a barrier.
+        norm, biases = norms + p * 4 * channels, p * 2 * channels + h
+        weight, bias = tl.load(norm + h, exists, 0.0), tl.load(norm + channels + h, exists, 0.0)
         a, c, state = A + p * 2 * size + tile, C_ + p * 2 * size + tile, z + (p * batch + b) * 2 * size + tile
         a_re, a_im = tl.load(a, in_tile, 0.0), tl.load(a + size, in_tile, 0.0)
         z_re, z_im = tl.load(state, in_tile, 0.0), tl.load(state + size, in_tile, 0.0)
+        c_re, c_im = tl.load(c, in_tile, 0.0), tl.load(c + size, in_tile, 0.0)
+        if WHOLE:
+            gate_value = tl.load(gate + p * square + both, in_square, 0.0)
+            gate_opening = tl.load(gate + p * square + channels + both, in_square, 0.0)
+        skip = tl.load(D + p * channels + h, exists, 0.0)
+        value_bias = tl.load(gate_bias + biases, exists, 0.0)
+        opening_bias = tl.load(gate_bias + channels + biases, exists, 0.0)
+        next_weight = tl.load(norm + 2 * channels + h, exists, 0.0)
+        next_bias = tl.load(norm + 3 * channels + h, exists, 0.0)
+        low_bias = tl.load(wide_bias + biases, exists, 0.0)
+        high_bias = tl.load(wide_bias + channels + biases, exists, 0.0)
+        last_bias = tl.load(back_bias + p * channels + h, exists, 0.0)
+        s = _norm(v, weight, bias, exists, channels, epsilon)
         new_re, new_im = a_re * z_re - a_im * z_im + s[:, None], a_re * z_im + a_im * z_re
         tl.store(state, new_re, in_tile)
         tl.store(state + size, new_im, in_tile)
-        read = tl.load(c, in_tile, 0.0) * new_re + tl.load(c + size, in_tile, 0.0) * new_im
-        s = tl.sum(read, 1) + s * tl.load(D + p * channels + h, exists, 0.0)
-        _pass(passed, h, exists, _gelu(s))
-        value, opening = _two_products(passed, channels, gate + p * 2 * channels * channels, 2 * channels, h, exists, C, K)
-        value += tl.load(gate_bias + p * 2 * channels + h, exists, 0.0)
-        opening += tl.load(gate_bias + (p * 2 + 1) * channels + h, exists, 0.0)
-        v += value * tl.sigmoid(opening)
-        _pass(passed, h, exists, _norm(v, norm + 2 * channels, norm + 3 * channels, h, exists, channels, epsilon))
-        low, high = _two_products(passed, channels, wide + p * 2 * channels * channels, 2 * channels, h, exists, C, K)
-        low = _gelu(low + tl.load(wide_bias + p * 2 * channels + h, exists, 0.0))
-        high = _gelu(high + tl.load(wide_bias + (p * 2 + 1) * channels + h, exists, 0.0))
-        tl.debug_barrier()
-        tl.store(passed + h, low, exists)
-        tl.store(passed + channels + h, high, exists)
-        tl.debug_barrier()
-        v += _product(passed, 2 * channels, back + p * 2 * channels * channels, channels, h, exists, C, K)
-        v += tl.load(back_bias + p * channels + h, exists, 0.0)
+        s = _gelu(tl.sum(c_re * new_re + c_im * new_im, 1) + s * skip)
+        if WHOLE:
+            wide_low = tl.load(wide + p * square + both, in_square, 0.0)
+            wide_high = tl.load(wide + p * square + channels + both, in_square, 0.0)
+            value, opening = tl.sum(s[:, None] * gate_value, 0), tl.sum(s[:, None] * gate_opening, 0)
+        else:
+            _pass(passed, h, exists, s)
+            value, opening = _two_products(passed, channels, gate + p * square, 2 * channels, h, exists, C, K)
+        v += (value + value_bias) * tl.sigmoid(opening + opening_bias)
+        s = _norm(v, next_weight, next_bias, exists, channels, epsilon)
+        if WHOLE:
+            back_low = tl.load(back + p * square + across, in_square, 0.0)
+            back_high = tl.load(back + p * square + channels * channels + across, in_square, 0.0)
+            low, high = tl.sum(s[:, None] * wide_low, 0), tl.sum(s[:, None] * wide_high, 0)
+        else:
+            _pass(passed, h, exists, s)
+            low, high = _two_products(passed, channels, wide + p * square, 2 * channels, h, exists, C, K)
+        low, high = _gelu(low + low_bias), _gelu(high + high_bias)
+        if WHOLE:
+            v += tl.sum(low[:, None] * back_low + high[:, None] * back_high, 0)
+        else:
+            tl.debug_barrier()
+            tl.store(passed + h, low, exists)
+            tl.store(passed + channels + h, high, exists)
+            tl.debug_barrier()
+            v += _product(passed, 2 * channels, back + p * square, channels, h, exists, C, K)
+        v += last_bias
     tl.store(y + b * channels + h, v, exists)
 
 
 @triton.jit
 def _draw(
     u, uniform, norm, weight, bias, table, condition, passed, code, log_p, following, temperature, epsilon, channels, levels,
-    C: tl.constexpr, LEVELS: tl.constexpr, K: tl.constexpr,
+    C: tl.constexpr, LEVELS: tl.constexpr, K: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     b, h, l = tl.program_id(0), tl.arange(0, C), tl.arange(0, LEVELS)
     exists, level = h < channels, l < levels
     v = tl.load(u + b * channels + h, exists, 0.0)
-    _pass(passed + b * channels, h, exists, _norm(v, norm, norm + channels, h, exists, channels, epsilon))
-    logits = _product(passed + b * channels, channels, weight, levels, l, level, LEVELS, K)
-    logits = tl.where(level, logits + tl.load(bias + l, level, 0.0), -float("inf"))
+    norm_weight, norm_bias = tl.load(norm + h, exists, 0.0), tl.load(norm + channels + h, exists, 0.0)
+    if WHOLE:
+        both = h[:, None] * levels + l[None, :]
+        to_levels = tl.load(weight + both, exists[:, None] & level[None, :], 0.0)
+    level_bias, threshold = tl.load(bias + l, level, 0.0), tl.load(uniform + b)
+    added = tl.load(condition + b * channels + h, exists, 0.0)
+    s = _norm(v, norm_weight, norm_bias, exists, channels, epsilon)
+    if WHOLE:
+        logits = tl.sum(s[:, None] * to_levels, 0)
+    else:
+        _pass(passed + b * channels, h, exists, s)
+        logits = _product(passed + b * channels, channels, weight, levels, l, level, LEVELS, K)
+    logits = tl.where(level, logits + level_bias, -float("inf"))
     logits -= tl.max(logits, 0)
     cdf = tl.cumsum(tl.exp(logits / temperature), 0)
-    threshold = tl.load(uniform + b) * tl.max(cdf, 0)
+    threshold *= tl.max(cdf, 0)
     drawn = tl.minimum(tl.sum((cdf <= threshold).to(tl.int32), 0), levels - 1)
     tl.store(code + b, drawn.to(tl.int64))
     tl.store(log_p + b, tl.sum(tl.where(l == drawn, logits, 0.0), 0) - tl.log(tl.sum(tl.exp(logits), 0)))
-    embedded = tl.load(table + drawn * channels + h, exists, 0.0) + tl.load(condition + b * channels + h, exists, 0.0)
-    tl.store(following + b * channels + h, embedded, exists)
+    tl.store(following + b * channels + h, tl.load(table + drawn * channels + h, exists, 0.0) + added, exists)
