@@ -14,7 +14,7 @@ from s4audio.models.autoencoder import (
 from s4audio.models.classifier import Classifier, PatchS4Model, S4Model
 from s4audio.models.discriminator import Discriminator
 from s4audio.models.flow import Flow
-from s4audio.models.samplers import euler, heun
+from s4audio.models.samplers import euler, heun, multistep
 from s4audio.models.sashimi import Generated, SaShiMi, SaShiMiState
 from s4audio.models.vae import S4DVAE, ConvVAE
 from s4audio.models.wavenet import WaveNet
@@ -40,6 +40,7 @@ __all__ = [
     "euler",
     "finish_stream",
     "heun",
+    "multistep",
     "stream_blocks",
     "stream_latency",
 ]

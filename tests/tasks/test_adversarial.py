@@ -183,15 +183,16 @@ def test_several_devices_are_refused():
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_gpu_captured_steps_are_those_without_a_graph(precision):
-    """The graph is captured anew where the discriminator begins."""
+    """The graph is captured anew where the discriminator begins. On an H100 the decoders of two float32 runs without a graph
+    end 1 to 2 % of their way apart, and that of one with it 1 to 4 % from them; discriminators 0.1 %."""
     start = copy.deepcopy(adversarial().state_dict())
     plain, captured = (adversarial(adversarial_start_step=3, cuda_graph=graph) for graph in (False, True))
     for task in (plain, captured):
         train(task, clips(8), accelerator="cuda", gradient_clip_val=1.0, precision=precision)
     ours, theirs = ({n: v.cpu() for n, v in task.state_dict().items()} for task in (captured, plain))
-    for part in ("model.decoder", "discriminator"):
+    for part, most in (("model.decoder", 0.1), ("discriminator", 0.02 if precision == "32-true" else 0.2)):
         moved, apart = (
             torch.cat([(a[name] - b[name]).flatten() for name in a if name.startswith(part)]).norm()
             for a, b in ((theirs, start), (ours, theirs))
         )
-        assert moved > 1e-3 and apart < (0.02 if precision == "32-true" else 0.2) * moved, part
+        assert moved > 1e-3 and apart < most * moved, part
