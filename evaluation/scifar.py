@@ -75,7 +75,8 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         of_recipe[row["recipe"]].append(row)
     found = []
     for recipe, seeds in of_recipe.items():
-        line = {"recipe": recipe, "seeds": len(seeds), "parameters": seeds[0]["parameters"], "epochs": seeds[0]["epochs"]}
+        line = {"recipe": recipe, "seeds": len(seeds), "parameters": seeds[0]["parameters"]}
+        line["epochs"] = round(statistics.fmean(seed["epochs"] for seed in seeds), 1)
         for key in MEASURED:
             values = [seed[key] for seed in seeds]
             line[key] = statistics.fmean(values)

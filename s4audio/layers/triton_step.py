@@ -1,9 +1,9 @@
 """One sample through many blocks as one CUDA kernel, for generation a few clips at a time.
 
 A step of a block is a dozen operations on a few hundred numbers, each of which takes longer to launch than to run. Here one
-program takes one clip through a whole row of blocks. What a Linear reads is passed through memory between two barriers,
-since every thread needs all of it. `draw` does the same for the end of a step: the last norm, the logits, a code, and its
-embedding.
+program takes one clip through a whole row of blocks. What a Linear reads, of which every thread needs all, is passed through
+memory between two barriers, unless the program holds the whole weight. `draw` does the same for the end of a step: the last
+norm, the logits, a code, and its embedding.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from torch import Tensor
 
 CLIPS = 128  # at most: every program reads all weights, and with more clips products of matrices read them less often
 CHANNELS = 512  # at most
-WHOLE = 64  # channels up to which a program keeps whole weights in registers, and asks for them before it needs them
+WHOLE = 2048  # numbers of a state up to which a program keeps whole weights in registers, asked for before it needs them
 ROWS, NUMBERS = 64, 16384  # at most, of a larger weight that it asks for at a time
 
 
@@ -33,7 +33,7 @@ class Pairs(NamedTuple):
     back: Tensor  # (P, 2 H, H), transposed
     back_bias: Tensor  # (P, H)
     z: Tensor  # (P, B, 2, H, N/2), which a step overwrites
-    passed: Tensor  # (B, 2 H), what a Linear reads
+    passed: Tensor  # (B, 2 H), room for what a Linear reads
 
 
 def takes(u: Tensor) -> bool:
@@ -45,18 +45,21 @@ def through_pairs(u: Tensor, pairs: Pairs, epsilon: float) -> Tensor:
     """(B, H) -> (B, H), and the states one sample further."""
     y = torch.empty_like(u)
     H, modes = pairs.z.shape[-2:]
-    C = triton.next_power_of_2(H)
+    C, N = triton.next_power_of_2(H), triton.next_power_of_2(modes)
     with torch.cuda.device_of(u):
         _pairs[(len(u),)](
-            u.contiguous(), y, *pairs, len(pairs.D), len(u), epsilon, H, modes, C=C, N=triton.next_power_of_2(modes),
-            K=_rows(H, C), WHOLE=C <= WHOLE, num_warps=_warps(C),
+            u.contiguous(), y, *pairs, len(pairs.D), len(u), epsilon, H, modes, C=C, N=N, K=_rows(H, C),
+            WHOLE=C * N <= WHOLE, num_warps=_warps(C * N),
         )  # fmt: skip
     return y
 
 
-def _warps(channels: int) -> int:
-    """Of a program: more read faster, and wait for each other longer. Measured on an H100."""
-    return 4 if channels <= 128 else 8 if channels <= 256 else 16
+def _warps(numbers: int) -> int:
+    """Of a program whose state has so many numbers: more read faster, and wait for each other longer.
+
+    Measured on an H100 at 64, 128 and 256 channels of 32 modes (evaluation/bench/NOTES.md); beyond, so that registers do.
+    """
+    return 4 if numbers <= 4096 else 8 if numbers <= 8192 else 16
 
 
 def _rows(inputs: int, outputs: int) -> int:
@@ -72,7 +75,7 @@ class Head(NamedTuple):
     bias: Tensor  # (levels,)
     table: Tensor  # (levels, H), the codes' embeddings
     condition: Tensor  # (B, H), added to them
-    passed: Tensor  # (B, H), what the Linear reads
+    passed: Tensor  # (B, H), room for what the Linear reads
 
 
 def draw(
@@ -171,6 +174,8 @@ def _pairs(
         last_bias = tl.load(back_bias + p * channels + h, exists, 0.0)
         s = _norm(v, weight, bias, exists, channels, epsilon)
         new_re, new_im = a_re * z_re - a_im * z_im + s[:, None], a_re * z_im + a_im * z_re
+        if C * N < 512:  # as many threads as a program may have: several then hold each number, and all must have read it
+            tl.debug_barrier()
         tl.store(state, new_re, in_tile)
         tl.store(state + size, new_im, in_tile)
         s = _gelu(tl.sum(c_re * new_re + c_im * new_im, 1) + s * skip)

@@ -305,7 +305,7 @@ class Flow(nn.Module):
         num: int,
         *,
         label: Tensor | None = None,
-        num_steps: int = NUM_STEPS // 2,
+        num_steps: int = NUM_STEPS,
     ) -> Tensor:
         """(num, channels, T) clips on the way from one to another: their noises, found by going back, and those in between.
 

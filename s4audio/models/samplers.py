@@ -34,10 +34,17 @@ def multistep(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
     A velocity at x = (1 - t) noise + t data says where the data is, x + (1 - t) velocity. That changes slowly where the
     velocity itself does not, as of what is faint, or silent; a step goes to where the last two of them lead.
 
+    Raises:
+        ValueError: the times fall.
+
     Source: Lu et al. 2022, "DPM-Solver++: fast solver for guided sampling of diffusion probabilistic models", its 2M.
     """
     before, span_before = None, math.inf
     for t, after in pairwise(times):
+        if after < t:
+            raise ValueError(f"the times fall from {t} to {after}; multistep only goes on to data, and heun goes back too.")
+        if after == t:  # as close to data as numbers are
+            continue
         data = x + (1 - t) * velocity(x, t)
         span = _log_odds(after) - _log_odds(t)  # in which the data is taken to change evenly
         ahead = data

@@ -91,3 +91,12 @@ def test_times_go_from_the_start_to_one_and_slow_down():
         assert times[0] == pytest.approx(start) and times[-1] == 1 and (steps > 0).all() and (steps.diff() < 0).all()
     with pytest.raises(ValueError, match="num_steps is 0; wanted at least 1"):
         flow_times(0)
+
+
+def test_multistep_refuses_to_go_back_and_stays_where_times_do():
+    velocity, x = gaussian_velocity(1.5, 0.4), torch.linspace(-3, 3, 61, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"the times fall from 1\.0 to 0\.5; multistep only goes on to data"):
+        multistep(velocity, x, [1.0, 0.5])
+    assert torch.equal(multistep(velocity, x, [1.0, 1.0]), x)
+    twice, once = (multistep(velocity, x, times) for times in ([0.0, 0.5, 0.5, 1.0], [0.0, 0.5, 1.0]))
+    assert torch.equal(twice, once)

@@ -301,7 +301,7 @@ def test_fused_steps_draw_the_same(monkeypatch, arguments, temperature, top_p, i
     pytest.importorskip("triton")
     if in_parts:  # as weights that do not fit into registers are read, a few rows at a time
         monkeypatch.setattr(stepping.fused, "WHOLE", 0)
-        monkeypatch.setattr(stepping.fused, "NUMBERS", 16)
+        monkeypatch.setattr(stepping.fused, "NUMBERS", 128)
     launched = []
     for name in ("through_pairs", "draw"):
         kernel = getattr(stepping.fused, name)
@@ -318,6 +318,20 @@ def test_fused_steps_draw_the_same(monkeypatch, arguments, temperature, top_p, i
     assert set(launched) == (set() if built.layer == "S4" else {"through_pairs", "draw"})
     assert torch.equal(found[0].codes, found[1].codes)
     torch.testing.assert_close(found[0].log_likelihood, found[1].log_likelihood, rtol=1e-5, atol=0)
+
+
+@pytest.mark.gpu
+def test_gpu_fused_steps_of_all_widths_draw_the_same():
+    """96, 192 and 384 channels: weights held whole and read in parts, by 4, 8 and 16 warps."""
+    built = SaShiMi(8000, d_model=96, num_blocks=2, pools=(2, 2)).to(DEVICE).eval()
+    narrow = SaShiMi(8000, d_model=48, num_blocks=2, pools=(2,)).to(DEVICE).eval()
+    for each in (built, narrow):
+        found = []
+        for name in ("chunk", "triton"):
+            with backend(name):
+                found.append(each.generate(3, 64, generator=seeded()))
+        assert torch.equal(found[0].codes, found[1].codes)
+        torch.testing.assert_close(found[0].log_likelihood, found[1].log_likelihood, rtol=1e-4, atol=0)
 
 
 def test_fused_draws_read_uniform_numbers_of_any_layout():
