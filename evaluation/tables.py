@@ -186,7 +186,7 @@ def generators() -> str:
     rows: list[tuple[str, ...]] = [
         (
             "", "FID", "FID∞", "KAD", "density, coverage", "near copies", "told apart", "FID by log_mel", "KAD by log_mel",
-            "told apart",
+            "near copies", "told apart",
         )
     ]  # fmt: skip
     for path in sorted(RESULTS.glob("generators_*.json")):
@@ -196,7 +196,7 @@ def generators() -> str:
             rows.append((f"{data}: {row['model']}", *scores_of(row["the_trained_encoder"], row["log_mel"])))
         by, log_mel = (found["rows"][0][name]["train_against_test"] for name in ("the_trained_encoder", "log_mel"))
         floor = (number(by["fid"]), number(by["fid_infinity"]), number(by["kad"]), "", "", "", number(log_mel["fid"]))
-        rows.append((f"{data}: the training clips themselves", *floor, number(log_mel["kad"]), ""))
+        rows.append((f"{data}: the training clips themselves", *floor, number(log_mel["kad"]), "", ""))
     return table(*rows)
 
 
@@ -211,11 +211,11 @@ def scores_of(judged: dict[str, Any], log_mel: dict[str, Any]) -> tuple[str, ...
         return "-" if found is None else "yes" if found else "no"
 
     at_n = judged["at_equal_n"] or {}
-    near = f"{judged['share_nearer_to_train_than_1_percent_of_test']:.1%}"
+    near, near_by_log_mel = (f"{by['share_nearer_to_train_than_1_percent_of_test']:.1%}" for by in (judged, log_mel))
     spread = ", ".join("-" if at_n.get(key) is None else number(at_n[key]) for key in ("density", "coverage"))
     return (
         *(with_interval(judged, key) for key in ("fid", "fid_infinity", "kad")), spread, near, apart(judged),
-        *(with_interval(log_mel, key) for key in ("fid", "kad")), apart(log_mel),
+        *(with_interval(log_mel, key) for key in ("fid", "kad")), near_by_log_mel, apart(log_mel),
     )  # fmt: skip
 
 
