@@ -11,10 +11,11 @@ density and coverage; and how many clips are as near to a training clip as only 
 spans or go on with recordings do that with test clips too, to see whether the audio steps at the borders.
 
 OUT gets a folder of WAV files for each model, scores.json, and report.html with the clips of seeds 0 to 3 of each. Clips
-that the same weights made there before are not made again.
+that the same weights and the same code made there before are not made again.
 """
 
 import argparse
+import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -64,10 +65,17 @@ class Listener(s4audio.Evaluator):
         return self.heard[str(folder)]
 
 
+def code_of_models() -> str:
+    """SHA-256 of the code of all models and samplers."""
+    files = sorted(Path(s4audio.models.__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
 @torch.no_grad()
 def make(path: str, out: Path, number: int, seconds: float, device: str, batch_size: int) -> float:
     """Writes clips that a model makes of noise; returns how long one took, in seconds."""
-    note, by = out / "made.json", {"sha256": checkpoint.fingerprint(path), "clips": number, "seconds": seconds}
+    note, weights = out / "made.json", checkpoint.fingerprint(path)
+    by = {"sha256": weights, "code": code_of_models(), "clips": number, "seconds": seconds}
     if note.exists() and by.items() <= (before := json.loads(note.read_text())).items():
         return before["seconds_a_clip"]
     model: Any = s4audio.load(path, device)

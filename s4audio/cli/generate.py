@@ -7,7 +7,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ KEYWORDS = {  # of these methods -> the option that gives it
     "top_p": "--top-p",
 }
 NUM_CLIPS, NUM_BETWEEN, SECONDS = 4, 5, 10.0
+
+Made = tuple[str, dict[str, Tensor]]  # the name of a clip, and what is shown of it by their titles; the last is the clip
 
 
 def generate(arguments: list[str]) -> None:
@@ -76,18 +78,20 @@ def generate(arguments: list[str]) -> None:
     options = _options(model, method, args)
     training = checkpoint.read_config(args.model)["training"]
     how_loud = args.normalize or training.get("normalize", "none")
-    out = Path(args.out)
+    if method == "sample":
+        in_training = training.get("clip_seconds") if getattr(model, "classes", ()) else None
+        made = _from_noise(model, options, args, args.seconds or in_training or SECONDS)
+    elif method == "interpolate":
+        made = _between(model, options, args, sources, how_loud)
+    else:
+        made = _from_recordings(model, options, args, sources, how_loud, method, what)
+    out, seconds, started = Path(args.out), 0.0, time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
-    _record(out, args)
-    started = time.monotonic()
     with torch.no_grad():
-        if method == "sample":
-            in_training = training.get("clip_seconds") if getattr(model, "classes", ()) else None
-            seconds = _from_noise(model, options, args, args.seconds or in_training or SECONDS, out)
-        elif method == "interpolate":
-            seconds = _between(model, options, args, sources, how_loud, out)
-        else:
-            seconds = _from_recordings(model, options, args, sources, how_loud, out, method, what)
+        for name, clips in made:
+            if not seconds:  # not before: a model may refuse what it is asked for
+                _record(out, args)
+            seconds += _write(out, name, clips, model.sample_rate)
     took = time.monotonic() - started
     print(f"{seconds:.1f} s of audio in {took:.1f} s, at {model.sample_rate} Hz, in {out}")
 
@@ -179,7 +183,7 @@ def _number_of(label: str, classes: Sequence[str]) -> int:
     raise ValueError(f"--label is {label}; the model knows {known}.")
 
 
-def _from_noise(model: Any, options: dict[str, Any], args: argparse.Namespace, seconds: float, out: Path) -> float:
+def _from_noise(model: Any, options: dict[str, Any], args: argparse.Namespace, seconds: float) -> Iterator[Made]:
     num, num_samples = args.num or NUM_CLIPS, max(1, round(seconds * model.sample_rate))
     name = "noise"
     if "label" in options:  # a number is that of a class, which the files are named by
@@ -192,23 +196,21 @@ def _from_noise(model: Any, options: dict[str, Any], args: argparse.Namespace, s
         generators = [_generator(args.seed, index) for index in indices]
         clips = model.sample(len(generators), num_samples, generator=generators, **each).cpu()
         for index, clip in zip(indices, clips, strict=True):
-            _write(out, f"{name}_{args.seed}_{index:03d}", {"output, from noise": clip}, model.sample_rate)
-    return num * num_samples / model.sample_rate
+            yield f"{name}_{args.seed}_{index:03d}", {"output, from noise": clip}
 
 
 def _from_recordings(
-    model: Any, options: dict[str, Any], args: argparse.Namespace, files: list[Path], how: str, out: Path, method: str,
-    what: Any,
-) -> float:  # fmt: skip
+    model: Any, options: dict[str, Any], args: argparse.Namespace, files: list[Path], how: str, method: str, what: Any
+) -> Iterator[Made]:
     # Every name has an ending, so that no recording beside the one that was given can be in the way.
     ending = {"vary": "reconstructed", "inpaint": "inpainted", "continue_": "continued"}[method]
     if method == "vary" and what:
         ending = f"variation_{what:g}"
     title = ending.replace("_", " ")
     names = [f"{name}_{ending}" for name in _distinct_names(files, Path(args.source))]
-    _refuse_overwriting([out / f"{name}.wav" for name in names], files)
+    _refuse_overwriting([Path(args.out, f"{name}.wav") for name in names], files)
     print(f"{len(files)} to read, as mono at {model.sample_rate} Hz; the model hears them at {LEVELS[how]}")
-    seconds, failures = 0.0, []
+    failures = []
     for index, (file, name) in enumerate(zip(files, names, strict=True)):
         generator = [_generator(args.seed, index)]
         try:
@@ -227,11 +229,9 @@ def _from_recordings(
         audio, heard = (F.pad(v, (0, estimate.shape[-1] - v.shape[-1])) for v in (audio, heard))
         # Back at the level of the recording; what the model has left alone is the recording, bit for bit.
         estimate = torch.where(estimate == heard, audio, estimate * _gain(audio, heard))
-        _write(out, name, {"input": audio, f"output, {title}": estimate}, model.sample_rate)
-        seconds += audio.shape[-1] / model.sample_rate
+        yield name, {"input": audio, f"output, {title}": estimate}
     if len(failures) == len(files):
         raise AudioError(f"none of the {len(files)} recordings could be used.")
-    return seconds
 
 
 def _in_samples(method: str, what: Any, audio: Tensor, rate: int, file: Path) -> tuple[Any, ...]:
@@ -251,13 +251,13 @@ def _in_samples(method: str, what: Any, audio: Tensor, rate: int, file: Path) ->
     return start, stop
 
 
-def _between(model: Any, options: dict[str, Any], args: argparse.Namespace, files: list[Path], how: str, out: Path) -> float:
-    """Writes clips on the way from one recording to another; the longer one is cut."""
+def _between(model: Any, options: dict[str, Any], args: argparse.Namespace, files: list[Path], how: str) -> Iterator[Made]:
+    """Clips on the way from one recording to another; the longer one is cut."""
     if len(files) != 2:
         raise ValueError(f"--interpolate takes two recordings, and {' and '.join(args.interpolate)} are {len(files)}.")
     num = args.num or NUM_BETWEEN
     names = [f"interpolation_{index:03d}" for index in range(num)]
-    _refuse_overwriting([out / f"{name}.wav" for name in names], files)
+    _refuse_overwriting([Path(args.out, f"{name}.wav") for name in names], files)
     audio, heard = zip(*(_heard(file, model, how) for file in files), strict=True)
     length = min(clip.shape[-1] for clip in heard)
     first, last = (clip[..., :length].to(args.device) for clip in heard)
@@ -266,8 +266,7 @@ def _between(model: Any, options: dict[str, Any], args: argparse.Namespace, file
     for index, (name, clip) in enumerate(zip(names, clips, strict=True)):
         share = index / (num - 1)
         title = f"output, {share:.0%} of the way from {files[0].name} to {files[1].name}"
-        _write(out, name, {title: clip * ((1 - share) * gains[0] + share * gains[1])}, model.sample_rate)
-    return num * length / model.sample_rate
+        yield name, {title: clip * ((1 - share) * gains[0] + share * gains[1])}
 
 
 def _heard(file: Path, model: Any, how: str) -> tuple[Tensor, Tensor]:
@@ -318,8 +317,8 @@ def _record(out: Path, args: argparse.Namespace) -> None:
         file.write((json.dumps({"models": models}, indent=1) + "\n").encode())
 
 
-def _write(out: Path, name: str, clips: dict[str, Tensor], sample_rate: int) -> None:
-    """NAME.wav from the last clip and NAME.png from all."""
+def _write(out: Path, name: str, clips: dict[str, Tensor], sample_rate: int) -> float:
+    """NAME.wav from the last clip and NAME.png from all; returns how long they are, in seconds."""
     from s4audio.report import clips_figure, save_figure
 
     *_, audio = clips.values()
@@ -327,6 +326,7 @@ def _write(out: Path, name: str, clips: dict[str, Tensor], sample_rate: int) -> 
     save_figure(out / f"{name}.png", clips_figure(clips, sample_rate))
     note = f" ({clipped} samples beyond full scale were clipped)" if clipped else ""
     print(f"{out / name}.wav and .png{note}", flush=True)
+    return audio.shape[-1] / sample_rate
 
 
 def _generator(seed: int, index: int) -> torch.Generator:

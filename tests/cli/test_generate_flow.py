@@ -194,3 +194,9 @@ def test_models_are_listed_and_taken_by_name(raw, tmp_path, monkeypatch, capsys)
     assert len(made(Path("digits-4k"), tmp_path / "out", "--from", "noise", "--seconds", "0.1")) == 4
     assert main(["info", "digits-4k"]) == 0
     assert "seven, two" in capsys.readouterr().out and (tmp_path / "poles.png").exists()
+
+
+def test_a_value_that_the_model_refuses_leaves_no_note_of_clips_that_it_never_made(capsys, raw, tmp_path):
+    error = refused(capsys, "generate", str(raw), "--from", "noise", "--steps", "0", "--out", str(tmp_path / "out"))
+    assert "num_steps is 0; wanted at least 1" in error
+    assert not list((tmp_path / "out").iterdir())
