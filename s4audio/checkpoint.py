@@ -169,6 +169,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if not (path / CONFIG).is_file():
         others = [p for p in (path.parent / "last", path / "best", path / "last") if (p / CONFIG).is_file()]
         hint = f"there is one in {others[0]}" if others else "a training run keeps its models in RUN/best and RUN/last"
+        if not path.exists() and pretrained():
+            hint = f"{hint}, and {' and '.join(pretrained())} come with the package"
         raise CheckpointError(f"{path} is not a model: it has no {CONFIG}; {hint}.")
     try:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Makes what the pretrained models make, by seed 0 to 7 and not by ear, and a page to listen to.
+"""Makes what `s4audio generate` makes with the pretrained models, by seed 0 to 7 and not by ear, and a page to listen to.
 
 python samples/make_generated.py [--out FOLDER]
 """
@@ -11,28 +11,34 @@ import torch
 
 import s4audio
 from s4audio.audio import write_audio
+from s4audio.cli.generate import noise_of
 from s4audio.report import Clip, Section, write_page
 
 SEEDS, SECONDS = range(8), 10
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+COMMAND = "s4audio generate {} --from noise{} --num 1 --seed SEED"
 HERE = Path(__file__).parent
 
 
 def count(model: Any, seed: int) -> torch.Tensor:
     """(1, 80000): a second of each word, from zero to nine."""
     label = torch.tensor([model.classes.index(word) for word in WORDS])
-    words = model.sample(len(WORDS), model.sample_rate, label=label, generator=torch.Generator().manual_seed(seed))
+    words = model.sample(len(WORDS), model.sample_rate, label=label, generator=[noise_of(seed, 0) for _ in WORDS])
     return words.flatten()[None]
 
 
 def play(model: Any, seed: int) -> torch.Tensor:
     """(1, 160000): ten seconds."""
-    return model.sample(1, SECONDS * model.sample_rate, generator=torch.Generator().manual_seed(seed))[0]
+    return model.sample(1, SECONDS * model.sample_rate, generator=[noise_of(seed, 0)])[0]
 
 
 MADE = {  # of each pretrained model: its files' names, what makes a clip, and what that is
-    "classical-16k": ("classical", play, f"{SECONDS} seconds of music that nobody wrote."),
-    "digits-8k": ("digits", count, f"{', '.join(WORDS)}, a second each; every word from noise of its own."),
+    "classical-16k": (
+        "classical",
+        play,
+        f"{SECONDS} seconds of music that nobody wrote: {COMMAND.format('classical-16k', '')}",
+    ),
+    "digits-8k": ("digits", count, f"{', '.join(WORDS)}, a second each: {COMMAND.format('digits-8k', ' --label WORD')}"),
 }
 
 

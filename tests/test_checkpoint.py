@@ -109,6 +109,8 @@ def test_a_name_that_is_no_folder_is_a_pretrained_model(tmp_path, monkeypatch):
     for name in ("other-3k", "../shipped/small-3k/..", ""):
         with pytest.raises(CheckpointError, match=r"is not a model: it has no config.json"):
             load(name)
+    with pytest.raises(CheckpointError, match="and small-3k come with the package"):
+        load("smal-3k")
 
 
 def test_saving_again_replaces_and_leaves_nothing_else(tmp_path):

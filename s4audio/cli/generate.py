@@ -54,7 +54,7 @@ def generate(arguments: list[str]) -> None:
     parser.add_argument(
         "--seconds", type=float, help="length of a clip made from noise (default 10; of a model with labels, as in training)"
     )
-    parser.add_argument("--label", help="what to make, by the name of a class or by its number")
+    parser.add_argument("--label", help="what to make, by the name of a class")
     parser.add_argument("--steps", dest="num_steps", type=int, help="of a flow's solver: 4 are quick, 50 exact")
     parser.add_argument("--guidance", type=float, help="how closely a flow follows the label: 1 as learned, 4 exaggerates")
     parser.add_argument("--temperature", type=float, help="of each drawn sample: below 1 takes fewer risks")
@@ -86,12 +86,18 @@ def generate(arguments: list[str]) -> None:
     else:
         made = _from_recordings(model, options, args, sources, how_loud, method, what)
     out, seconds, started = Path(args.out), 0.0, time.monotonic()
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out is {out}, which is a file; choose another place.")
     out.mkdir(parents=True, exist_ok=True)
-    with torch.no_grad():
-        for name, clips in made:
-            if not seconds:  # not before: a model may refuse what it is asked for
-                _record(out, args)
-            seconds += _write(out, name, clips, model.sample_rate)
+    try:
+        with torch.no_grad():
+            for name, clips in made:
+                if not seconds:  # not before: a model may refuse what it is asked for
+                    _record(out, args)
+                seconds += _write(out, name, clips, model.sample_rate)
+    finally:
+        if not any(out.iterdir()):
+            out.rmdir()
     took = time.monotonic() - started
     print(f"{seconds:.1f} s of audio in {took:.1f} s, at {model.sample_rate} Hz, in {out}")
 
@@ -110,8 +116,11 @@ def _asked_for(args: argparse.Namespace) -> tuple[str, Any]:
     if (args.num is not None and a_recording) or (args.seconds is not None and args.source != "noise"):
         raise ValueError("--num and --seconds are for --from noise; a recording gives one clip, as long as it is.")
     num, seconds = NUM_CLIPS if args.num is None else args.num, SECONDS if args.seconds is None else args.seconds
-    if num < 1 or args.batch_size < 1 or args.seed < 0 or not 0 < seconds <= 3600:
-        raise ValueError("--num and --batch-size must be at least 1, --seconds positive, at most 3600, --seed not negative.")
+    for option, value, least in (("--num", num, 1), ("--batch-size", args.batch_size, 1), ("--seed", args.seed, 0)):
+        if value < least:
+            raise ValueError(f"{option} is {value}; wanted at least {least}.")
+    if not 0 < seconds <= 3600:
+        raise ValueError(f"--seconds is {seconds:g}; wanted a positive number, at most 3600.")
     if args.variation is not None and not 0 <= args.variation <= 1:
         raise ValueError(f"--variation is {args.variation}; wanted 0 (reconstruction) to 1 (only noise).")
     if args.interpolate:
@@ -170,17 +179,14 @@ def _options(model: Any, method: str, args: argparse.Namespace) -> dict[str, Any
 
 
 def _number_of(label: str, classes: Sequence[str]) -> int:
-    """Of a class, from its name or else its number.
+    """Of a class, from its name; the number itself would say three where a user means 7.
 
     Raises:
         ValueError: there is no such class.
     """
-    if label in classes:
-        return list(classes).index(label)
-    if label.isdecimal() and int(label) < len(classes):
-        return int(label)
-    known = ", ".join(f"{name} ({number})" for number, name in enumerate(classes))
-    raise ValueError(f"--label is {label}; the model knows {known}.")
+    if label not in classes:
+        raise ValueError(f"--label is {label}; the model knows {', '.join(classes)}.")
+    return list(classes).index(label)
 
 
 def _from_noise(model: Any, options: dict[str, Any], args: argparse.Namespace, seconds: float) -> Iterator[Made]:
@@ -193,7 +199,7 @@ def _from_noise(model: Any, options: dict[str, Any], args: argparse.Namespace, s
     for first in range(0, num, args.batch_size):
         indices = range(first, min(first + args.batch_size, num))
         each = {**options, "label": options["label"].expand(len(indices))} if "label" in options else options
-        generators = [_generator(args.seed, index) for index in indices]
+        generators = [noise_of(args.seed, index) for index in indices]
         clips = model.sample(len(generators), num_samples, generator=generators, **each).cpu()
         for index, clip in zip(indices, clips, strict=True):
             yield f"{name}_{args.seed}_{index:03d}", {"output, from noise": clip}
@@ -212,7 +218,7 @@ def _from_recordings(
     print(f"{len(files)} to read, as mono at {model.sample_rate} Hz; the model hears them at {LEVELS[how]}")
     failures = []
     for index, (file, name) in enumerate(zip(files, names, strict=True)):
-        generator = [_generator(args.seed, index)]
+        generator = [noise_of(args.seed, index)]
         try:
             audio, heard = _heard(file, model, how)
             told = _in_samples(method, what, audio, model.sample_rate, file)
@@ -260,12 +266,18 @@ def _between(model: Any, options: dict[str, Any], args: argparse.Namespace, file
     _refuse_overwriting([Path(args.out, f"{name}.wav") for name in names], files)
     audio, heard = zip(*(_heard(file, model, how) for file in files), strict=True)
     length = min(clip.shape[-1] for clip in heard)
+    cut = (
+        ""
+        if len({clip.shape[-1] for clip in heard}) == 1
+        else f", {length / model.sample_rate:.1f} s of each, as the shorter"
+    )
+    print(f"from {files[0].name} to {files[1].name}{cut}")
     first, last = (clip[..., :length].to(args.device) for clip in heard)
     clips = model.interpolate(first, last, num, **options).cpu()
     gains = [_gain(*pair) for pair in zip(audio, heard, strict=True)]
     for index, (name, clip) in enumerate(zip(names, clips, strict=True)):
         share = index / (num - 1)
-        title = f"output, {share:.0%} of the way from {files[0].name} to {files[1].name}"
+        title = f"output, {share:.0%} of the way"
         yield name, {title: clip * ((1 - share) * gains[0] + share * gains[1])}
 
 
@@ -322,15 +334,16 @@ def _write(out: Path, name: str, clips: dict[str, Tensor], sample_rate: int) -> 
     from s4audio.report import clips_figure, save_figure
 
     *_, audio = clips.values()
+    older = (out / f"{name}.wav").exists()
     clipped = write_audio(out / f"{name}.wav", audio, sample_rate)
     save_figure(out / f"{name}.png", clips_figure(clips, sample_rate))
     note = f" ({clipped} samples beyond full scale were clipped)" if clipped else ""
-    print(f"{out / name}.wav and .png{note}", flush=True)
+    print(f"{out / name}.wav and .png{', in place of older ones' if older else ''}{note}", flush=True)
     return audio.shape[-1] / sample_rate
 
 
-def _generator(seed: int, index: int) -> torch.Generator:
-    """The noise of one clip, from (seed, index) alone."""
+def noise_of(seed: int, index: int) -> torch.Generator:
+    """What draws the noise of a clip, from (seed, index) alone."""
     state: Any = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]) % 2**63)
 

@@ -28,7 +28,9 @@ def info(arguments: list[str]) -> None:
     parser = Parser(prog="s4audio info", description="What a model is, how it was trained, and what it remembers.")
     parser.add_argument("model", help="model folder, such as runs/NAME/best")
     parser.add_argument(
-        "--plot", metavar="FILE.png", help="where to draw the poles (default: poles.png in the model folder)"
+        "--plot",
+        metavar="FILE.png",
+        help="where to draw the poles (default: poles.png in the model folder, or here for the name of a pretrained model)",
     )
     args = parser.parse_args(arguments)
     model, config = checkpoint.load(args.model), checkpoint.read_config(args.model)

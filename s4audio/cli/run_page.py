@@ -74,7 +74,7 @@ def next_commands(model: Any, path: Path) -> list[tuple[str, str]]:
         ("Hear a recording with noise in its latent:", f"s4audio generate {path} --from MY_RECORDING.wav --variation 0.1"),
         ("Score what it makes of recordings:",
             f"s4audio generate {path} --from MY_RECORDINGS --out reconstructed\n"
-            "s4audio evaluate reconstructed MY_RECORDINGS --paired --report score"),
+            f"s4audio evaluate reconstructed MY_RECORDINGS --sample-rate {model.sample_rate} --paired --report score"),
         *commands,
     ]  # fmt: skip
     if streams(model):

@@ -30,6 +30,7 @@ from s4audio.models.sashimi import RunawayError
 from s4audio.report import Section
 
 RECIPE = "recipe.yaml"  # of a run
+FEW_STEPS = 100  # of a training that cannot come to anything
 PILOT_STEPS, WARM_UP_STEPS = 16, 6  # that show how long a step takes, at least, and those of them that are not counted
 PILOT_SHARE = 0.02  # of --minutes, for as many such steps as fit: ten of a GPU's are over in a blink, and tell little
 CLOSING_SECONDS = 30.0  # of --minutes, kept for the sounds, the scores and the page
@@ -234,6 +235,8 @@ def _planned(options: list[str], seconds: float) -> list[str]:
     print(
         f"a step takes {1e3 * step:.0f} ms, a validation {watch.validation:.1f} s: {steps} steps, {validations} validations"
     )
+    if steps < FEW_STEPS:
+        print(f"in {steps} steps a model learns next to nothing: give it more --minutes, a GPU, or a smaller recipe")
     return _length(steps, batches, validations)
 
 

@@ -294,9 +294,10 @@ class Evaluator:
             return self.sample_rate
         if len(rates) > 1:
             listed = ", ".join(f"{rate} Hz ({file})" for rate, file in sorted(rates.items())[:3])
+            listed += ", …" if len(rates) > 3 else ""
             raise AudioError(
                 f"the files have {len(rates)} sample rates: {listed}. Scores of one rate say nothing about another; set "
-                f"sample_rate (--sample-rate) to {lowest} to compare all of them there."
+                f"sample_rate (--sample-rate) to {lowest} to compare all of them there, or leave those of low rates out."
             )
         return lowest
 

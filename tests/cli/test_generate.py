@@ -112,3 +112,11 @@ def test_options_of_noise_are_refused_with_a_recording(capsys, model, folder):
     for option in (["--num", "2"], ["--seconds", "3"]):
         error = refused(capsys, "generate", str(model), "--from", str(folder / "tone0.wav"), *option)
         assert "--num and --seconds are for --from noise" in error
+
+
+def test_clips_that_take_the_place_of_others_are_said(capsys, model, tmp_path):
+    command = ["generate", str(model), "--from", "noise", "--num", "1", "--seconds", "0.1", "--out", str(tmp_path / "a")]
+    assert main(command) == 0
+    assert "in place of" not in capsys.readouterr().out
+    assert main(command) == 0
+    assert "noise_0_000.wav and .png, in place of older ones" in capsys.readouterr().out

@@ -42,17 +42,16 @@ def made(model: Path, out: Path, *options: str) -> dict[str, np.ndarray]:
     return {path.stem: wav(path) for path in sorted(out.glob("*.wav"))}
 
 
-def test_labels_by_name_and_by_number(raw, tmp_path):
+def test_labels_by_name(raw, tmp_path):
     noise = ("--from", "noise", "--num", "2", "--label")
-    two, number, seven = (made(raw, tmp_path / name, *noise, name) for name in ("two", "1", "seven"))
+    two, seven = (made(raw, tmp_path / name, *noise, name) for name in ("two", "seven"))
     assert list(two) == ["two_0_000", "two_0_001"] and len(two["two_0_000"]) == 1200  # 0.3 s, as in training
-    assert np.array_equal(two["two_0_000"], number["two_0_000"])
     assert not np.array_equal(two["two_0_000"], seven["seven_0_000"])
     stronger = made(raw, tmp_path / "stronger", *noise, "two", "--guidance", "4")
     assert not np.array_equal(two["two_0_000"], stronger["two_0_000"])
     model = load(raw)
     wanted = model.sample(
-        2, 1200, label=torch.tensor([1, 1]), num_steps=2, generator=[module._generator(0, k) for k in (0, 1)]
+        2, 1200, label=torch.tensor([1, 1]), num_steps=2, generator=[module.noise_of(0, k) for k in (0, 1)]
     )
     assert np.abs(two["two_0_001"] / 32768 - wanted[1, 0].numpy()).max() < 1e-4
 
@@ -111,8 +110,8 @@ def test_an_interpolation_goes_from_one_recording_to_the_other(raw, folder, tmp_
     ("options", "message"),
     [
         ("", "--from is missing: noise, a recording, or a folder"),
-        ("--from noise --label eight", "--label is eight; the model knows seven (0), two (1)."),
-        ("--from noise --label 2", "--label is 2; the model knows seven (0), two (1)."),
+        ("--from noise --label eight", "--label is eight; the model knows seven, two."),
+        ("--from noise --label 2", "--label is 2; the model knows seven, two."),
         ("--from noise --temperature 0.9", "a Flow; it takes --label, --steps, --guidance."),
         ("--from noise --inpaint 1:2", "--inpaint and --continue need a recording"),
         ("--from noise --continue 1", "--inpaint and --continue need a recording"),
@@ -196,7 +195,7 @@ def test_models_are_listed_and_taken_by_name(raw, tmp_path, monkeypatch, capsys)
     assert "seven, two" in capsys.readouterr().out and (tmp_path / "poles.png").exists()
 
 
-def test_a_value_that_the_model_refuses_leaves_no_note_of_clips_that_it_never_made(capsys, raw, tmp_path):
+def test_a_value_that_the_model_refuses_leaves_no_folder(capsys, raw, tmp_path):
     error = refused(capsys, "generate", str(raw), "--from", "noise", "--steps", "0", "--out", str(tmp_path / "out"))
     assert "num_steps is 0; wanted at least 1" in error
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()

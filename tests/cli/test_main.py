@@ -26,10 +26,10 @@ def test_wrong_input_ends_in_a_sentence_and_status_2(capsys, model, folder, tmp_
     assert "does not exist" in refused(capsys, *generate, str(tmp_path / "nowhere"))
     assert "holds no audio file" in refused(capsys, *generate, str(tmp_path / "empty"))
     assert "--variation is 2.0" in refused(capsys, *generate, str(folder), "--variation", "2")
-    assert "must be at least 1" in refused(capsys, *generate, "noise", "--num", "0")
+    assert "--num is 0; wanted at least 1" in refused(capsys, *generate, "noise", "--num", "0")
     assert "--from noise there is none" in refused(capsys, *generate, "noise", "--variation", "0.5")
-    for seconds in ("inf", "1e300", "0", "nan"):
-        assert "--seconds positive, at most 3600" in refused(capsys, *generate, "noise", "--seconds", seconds)
+    for seconds in ("inf", "1e300", "0", "nan", "-3"):
+        assert "wanted a positive number, at most 3600" in refused(capsys, *generate, "noise", "--seconds", seconds)
     assert not (tmp_path / "out").exists()
 
 

@@ -103,6 +103,7 @@ def test_minutes_are_planned_as_steps(folder, tmp_path, capsys):
     assert train(folder, tmp_path / "run", "--minutes", "0.5") == 0  # all of it for the sounds and the page
     told = capsys.readouterr().out
     assert "measuring how long a step takes" in told and ": 16 steps, 1 validations" in told
+    assert "in 16 steps a model learns next to nothing: give it more --minutes" in told
     assert checkpoint.read_config(tmp_path / "run" / "last")["training"]["steps"] == 16
 
 
