@@ -122,7 +122,7 @@ def curves_figure(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
         ylabel: what the values are.
         log: whether the values are drawn on a logarithmic scale.
     """
-    from matplotlib.ticker import LogLocator, NullLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     figure = _figure(4.4, 2.4)
     axis = figure.subplots()
@@ -134,6 +134,8 @@ def curves_figure(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.set_xlabel("step")
     axis.set_ylabel(ylabel)
     axis.grid(axis="y")
