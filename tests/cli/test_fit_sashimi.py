@@ -52,7 +52,7 @@ def test_sashimi_trains_is_described_and_goes_on_with_a_recording(folder, tmp_pa
     assert len(made) == 400 and np.array_equal(made[:200], wav(tmp_path / "tone.wav"))
     model = load(run / "best")
     audio = read_audio(tmp_path / "tone.wav", RATE)[0].unsqueeze(0)
-    wanted = model.continue_(audio, 200, temperature=0.8, top_p=0.9, generator=[generate._generator(3, 0)])
+    wanted = model.continue_(audio, 200, temperature=0.8, top_p=0.9, generator=[generate.noise_of(3, 0)])
     assert torch.equal(quantize(torch.from_numpy(made[200:] / 32768).float(), 16), model.codes(wanted)[0])
     assert "cannot do --variation; it can do --from noise, --continue." in refused(capsys, *given, *options)
 
