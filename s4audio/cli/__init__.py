@@ -66,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         place = f"{error.filename}: " if error.filename else ""
         if error.errno in NO_ROOM:
             return _fail(f"{place}the disk is full ({error.strerror}); make room, then give the command again.", status=1)
-        return _fail(f"{place}{error.strerror}; choose another place." if error.strerror else str(error))
+        why = "it is a file, and a folder is wanted" if isinstance(error, FileExistsError) else error.strerror
+        return _fail(f"{place}{why}; choose another place." if why else str(error))
     except RuntimeError as error:
         return _fail(str(error), status=1)
 

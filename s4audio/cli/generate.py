@@ -86,8 +86,7 @@ def generate(arguments: list[str]) -> None:
     else:
         made = _from_recordings(model, options, args, sources, how_loud, method, what)
     out, seconds, started = Path(args.out), 0.0, time.monotonic()
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out is {out}, which is a file; choose another place.")
+    is_new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     try:
         with torch.no_grad():
@@ -96,7 +95,7 @@ def generate(arguments: list[str]) -> None:
                     _record(out, args)
                 seconds += _write(out, name, clips, model.sample_rate)
     finally:
-        if not any(out.iterdir()):
+        if is_new and not any(out.iterdir()):
             out.rmdir()
     took = time.monotonic() - started
     print(f"{seconds:.1f} s of audio in {took:.1f} s, at {model.sample_rate} Hz, in {out}")

@@ -96,9 +96,10 @@ def test_recordings_are_varied_with_another_label(raw, folder, tmp_path):
     assert not np.array_equal(plain, same) and not np.array_equal(plain, labelled)
 
 
-def test_an_interpolation_goes_from_one_recording_to_the_other(raw, folder, tmp_path):
+def test_an_interpolation_goes_from_one_recording_to_the_other(raw, folder, tmp_path, capsys):
     ends = str(folder / "tone0.wav"), str(folder / "tone3.wav")  # 2 s and 0.2 s
     clips = made(raw, tmp_path, "--interpolate", *ends, "--num", "3", "--steps", "50")
+    assert "from tone0.wav to tone3.wav, 0.2 s of each, as the shorter" in capsys.readouterr().out
     assert list(clips) == ["interpolation_000", "interpolation_001", "interpolation_002"]
     for clip, path in zip((clips["interpolation_000"], clips["interpolation_002"]), ends, strict=True):
         given = read_audio(path, 4000)[0][0, :800].numpy()
@@ -199,3 +200,6 @@ def test_a_value_that_the_model_refuses_leaves_no_folder(capsys, raw, tmp_path):
     error = refused(capsys, "generate", str(raw), "--from", "noise", "--steps", "0", "--out", str(tmp_path / "out"))
     assert "num_steps is 0; wanted at least 1" in error
     assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()  # and one that was there stays
+    refused(capsys, "generate", str(raw), "--from", "noise", "--steps", "0", "--out", str(tmp_path / "out"))
+    assert (tmp_path / "out").is_dir() and not list((tmp_path / "out").iterdir())

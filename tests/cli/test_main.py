@@ -84,7 +84,7 @@ def test_a_near_miss_gets_a_hint(capsys):
 def test_a_file_in_the_place_of_a_folder(capsys, model, tmp_path):
     (tmp_path / "file").write_bytes(b"")
     error = refused(capsys, "generate", str(model), "--from", "noise", "--out", str(tmp_path / "file"))
-    assert str(tmp_path / "file") in error and "choose another place" in error
+    assert f"{tmp_path / 'file'}: it is a file, and a folder is wanted; choose another place" in error
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="permissions are a Unix thing")
