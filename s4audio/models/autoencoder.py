@@ -291,7 +291,7 @@ class CausalAutoencoder(WaveformAutoencoder):
         latent = self.encode(audio)
         if self.training:
             with torch.no_grad():
-                std, mean = torch.std_mean(latent.float(), dim=(0, 2), correction=0)
+                std, mean = torch.std_mean(latent.to(self.latent_std.dtype), dim=(0, 2), correction=0)
                 self.num_batches += 1
                 weight = (1 / self.num_batches).clamp_min(0.01)  # the mean of all batches, then of about the last hundred
                 self.latent_mean.lerp_(mean.unsqueeze(-1), weight)

@@ -147,15 +147,15 @@ class S4Model(Classifier):
             return BLOCKS[block](ssm, dropout=dropout)
 
         parts: list[nn.Module] = [nn.Conv1d(d_input, d_model, 1)]
-        places = [round((i + 1) * num_layers / (len(pools) + 1)) for i in range(len(pools))]
-        width, height = side or 0, side or 0
-        for block_before in range(num_layers):
-            for _, pool in filter(lambda pair: pair[0] == block_before, zip(places, pools, strict=True)):
-                parts.append(nn.AvgPool1d(pool))
-                width //= pool
-            if side and block_before:
-                parts.append(Turn(height, width))
-                width, height = height, width
+        pool_before = {(i + 1) * num_layers // (len(pools) + 1): pool for i, pool in enumerate(pools)}
+        rows, columns = side or 0, side or 0
+        for index in range(num_layers):
+            if index in pool_before:
+                parts.append(nn.AvgPool1d(pool_before[index]))
+                columns //= pool_before[index]
+            if side and index:
+                parts.append(Turn(rows, columns))
+                rows, columns = columns, rows
             parts.append(one_block())
         super().__init__(d_input, num_classes, d_model, Chain(*parts))
         self.num_layers, self.layer, self.block, self.d_state, self.dropout = num_layers, layer, block, d_state, dropout

@@ -168,7 +168,8 @@ def test_any_cut_into_segments(monkeypatch, kind, init, span, state):
 def test_groups_of_segments(monkeypatch, batch, state, chunks, last):
     """Segments of 1 to 3 chunks, in 64 groups or 16, some of which may be empty; the last segment is shorter, or not."""
     monkeypatch.setattr(fused, "cut", lambda u, groups=1: fused.Cut(16, chunks, 3, last, -(-chunks // last)))
-    compare("diagonal", "lin", (batch, 1, 16 * chunks + 3), 8, torch.float32, state)
+    # dt is one number, of modes that cancel: six draws of 140 chunks are 0.3e-5 to 1.2e-5 off, all else below 0.1e-5.
+    compare("diagonal", "lin", (batch, 1, 16 * chunks + 3), 8, torch.float32, state, looser=3)
 
 
 @pytest.mark.parametrize(

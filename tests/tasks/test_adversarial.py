@@ -31,7 +31,7 @@ def plain_step(model: nn.Module, judge: nn.Module, audio: torch.Tensor, task: Ad
     if step >= task.adversarial_start_step:
         passed, felt = judge(estimate)
         _, wanted = judge(audio)
-        total = total + 0.7 * adversarial_loss(passed) + 1.3 * feature_loss([w.detach() for w in wanted], felt)
+        total = total + 70 * adversarial_loss(passed) + 13 * feature_loss([w.detach() for w in wanted], felt)
     total.backward()
     judge.zero_grad()  # which the generator's losses have reached too
     if step >= task.adversarial_start_step:
@@ -40,7 +40,8 @@ def plain_step(model: nn.Module, judge: nn.Module, audio: torch.Tensor, task: Ad
 
 @pytest.mark.parametrize("start", [0, 3])
 def test_steps_are_those_of_a_plain_loop_with_two_optimizers(start):
-    weights = {"loss_weights": {"l1": 10.0}, "adversarial_weight": 0.7, "feature_weight": 1.3}
+    # So large that they matter beside l1 and stft: 77 in place of 70 moves weights by 2e-3, rounding of the audio by 4e-6.
+    weights = {"loss_weights": {"l1": 10.0}, "adversarial_weight": 70.0, "feature_weight": 13.0}
     task, batches = adversarial(adversarial_start_step=start, **weights), clips(6)
     model, judge = copy.deepcopy(task.model).train(), copy.deepcopy(task.discriminator).train()
     train(task, batches, gradient_clip_val=0.5)
@@ -56,7 +57,7 @@ def test_steps_are_those_of_a_plain_loop_with_two_optimizers(start):
             others.step()
     for ours, theirs in ((task.model, model), (task.discriminator, judge)):
         for name, value in theirs.state_dict().items():
-            torch.testing.assert_close(ours.state_dict()[name], value, rtol=0, atol=1e-5, msg=name)
+            torch.testing.assert_close(ours.state_dict()[name], value, rtol=0, atol=5e-5, msg=name)
 
 
 def test_before_the_start_it_is_the_generative_task_and_the_discriminator_rests():
