@@ -96,7 +96,6 @@ def test_there_may_be_more_classes_than_tensors(make, tmp_path):
 
 
 def test_a_name_that_is_no_folder_is_a_pretrained_model(tmp_path, monkeypatch):
-    assert checkpoint.pretrained() == sorted(checkpoint.pretrained())
     monkeypatch.setattr(checkpoint, "PRETRAINED", tmp_path / "shipped")
     monkeypatch.chdir(tmp_path)
     assert checkpoint.pretrained() == []
@@ -234,3 +233,12 @@ def test_models_of_one_recipe_and_data_are_of_one_kind(tmp_path):
         )
     a, b, c = (checkpoint.kind(tmp_path / name) for name in "abc")
     assert a == b != c and fingerprint(tmp_path / "a") != fingerprint(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    "change", [{"clip_seconds": 2.0}, {"normalize": "peak"}, {"train_seconds": 9.0}, {"train_files": 4}]
+)
+def test_all_that_is_said_of_the_data_makes_the_kind(tmp_path, change):
+    for name, about in (("one", {}), ("other", change)):
+        save(autoencoder(), tmp_path / name, {"train_files": 3, **about})
+    assert checkpoint.kind(tmp_path / "one") != checkpoint.kind(tmp_path / "other")

@@ -9,6 +9,7 @@ import soundfile
 import torch
 
 from s4audio import CausalAutoencoder, checkpoint, load, save
+from s4audio.cli import evaluate as module
 from s4audio.cli import main
 from tests.cli.commands import refused
 
@@ -191,3 +192,46 @@ def test_wrong_input_is_a_sentence_and_no_number(folders, model, tmp_path, capsy
         assert message in refused(capsys, "evaluate", *arguments, *place), arguments
     assert not out.exists()
     assert "is no place" in refused(capsys, "evaluate", made, real, "--json", str(tmp_path))
+
+
+@pytest.mark.parametrize(("kad", "within"), [(0.5, True), (2.0, False)])
+def test_the_verdict_says_whether_halves_of_the_reference_differ_as_much(kad, within):
+    scores = {
+        "verdict": {"p_value": 0.001, "distinguishable": True}, "provenance": {"paired": False},
+        "at_equal_n": {"kad": kad}, "floor": {"kad_interval": [-1.0, 1.0]},
+    }  # fmt: skip
+    assert ("no more than halves of the reference do" in module.verdict(scores)) == within
+
+
+def test_the_last_column_is_the_floor():
+    def at(value: float) -> dict:
+        ranges = {"fid_interval": [value, value], "kad_interval": [value, value]}
+        return {"clips": 9, **dict.fromkeys(("fid", "kad", *module.MANIFOLD), value), **ranges}
+
+    scores = {**at(1.0), "fid_infinity": None, "fid_infinity_interval": None, "at_equal_n": at(0.25), "floor": at(0.75)}
+    of_both = [row for row in module.score_table(scores) if "9 clips" in row[0] or row[0] in module.MANIFOLD.values()]
+    assert len(of_both) == 6 and all("0.25" in row[1] and "0.75" in row[3] for row in of_both)
+
+
+@pytest.mark.parametrize("suspicious", [True, False])
+def test_what_was_learned_by_heart_is_said(suspicious):
+    found = {
+        "share_nearer_than_95_percent_of_reference": 0.5, "suspicious": suspicious,
+        "median_distance_reference_to_train": 1.0, "closest": [{"generated": "a", "train": "b", "distance": 0.1}],
+    }  # fmt: skip
+    told = module._memorization(found)
+    assert ("LIKELY LEARNED BY HEART" in told, "no sign of it" in told) == (suspicious, not suspicious)
+
+
+@pytest.mark.parametrize(("second", "told"), [([2.0, 4.0], "neither is surely closer"), ([3.5, 5.0], "a.json is closer")])
+def test_results_whose_intervals_overlap_are_not_told_apart(monkeypatch, capsys, second, told):
+    def result(value: float, interval: list[float]) -> dict:
+        return {
+            "kad": value, "kad_interval": interval, "fid": value, "fid_interval": interval, "fid_infinity": None,
+            "fid_infinity_interval": None, "at_equal_n": None, "warnings": [],
+            "provenance": {"generated": {"clips": 1, "windows": 1}},
+        }  # fmt: skip
+
+    monkeypatch.setattr(module, "_read_scores", {"a.json": result(2.0, [1.0, 3.0]), "b.json": result(4.0, second)}.get)
+    module._compare("a.json", "b.json")
+    assert f"KAD: {told}" in capsys.readouterr().out

@@ -12,6 +12,7 @@ import torch
 import yaml
 from PIL import Image
 
+from s4audio import S4Model
 from s4audio.checkpoint import load, read_config
 from s4audio.cli import main
 from s4audio.tasks import DivergenceError, RunFolder
@@ -176,7 +177,9 @@ def test_the_average_of_the_weights_is_what_is_saved(recipe, tmp_path):
     assert fit(recipe, tmp_path / "plain", "--steps", "4") == 0
     assert fit(recipe, tmp_path / "average", "--steps", "4", "--model.init_args.ema_decay", "0.999") == 0
     plain, average = (load(tmp_path / run / "last").head.weight for run in ("plain", "average"))
-    assert 0 < (plain - average).abs().max() < 0.1
+    state = torch.load(tmp_path / "average" / "trainer.ckpt", weights_only=False)["state_dict"]
+    assert torch.equal(state["model.head.weight"], plain) and torch.equal(state["average.head.weight"], average)
+    assert not torch.equal(plain, average)
 
 
 def test_wrong_input_ends_in_a_sentence_and_status_2(recipe, tmp_path, capsys):
@@ -203,3 +206,19 @@ def test_wrong_input_ends_in_a_sentence_and_status_2(recipe, tmp_path, capsys):
     assert "images of 8 x 8 pixels do not divide into patches of 3 x 3" in told()
     assert "patch is 0; wanted at least 1" in told("--model.init_args.model.init_args.patch", "0")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_worse_accuracy_does_not_replace_the_best(tmp_path):
+    model, keeper = S4Model(1, 2, 4, 1, d_state=4), RunFolder(tmp_path, 10, {})
+    keeper._end_step, keeper.started = lambda *_: None, 0.0
+    task = types.SimpleNamespace(
+        scored_model=model, best_score="valid/accuracy", higher_is_better=True, check_last_step=lambda: None
+    )
+    for step, accuracy, best in ((1, 0.5, 0.5), (2, 0.4, 0.5), (3, 0.6, 0.6)):
+        trainer = types.SimpleNamespace(
+            global_step=step, sanity_checking=False, is_global_zero=True, global_rank=0, world_size=1,
+            callback_metrics={"valid/accuracy": torch.tensor(accuracy)},
+            strategy=types.SimpleNamespace(root_device=torch.device("cpu")),
+        )  # fmt: skip
+        keeper.on_validation_end(trainer, task)
+        assert read_config(tmp_path / "best")["training"]["scores"]["valid/accuracy"] == pytest.approx(best)

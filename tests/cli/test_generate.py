@@ -120,3 +120,22 @@ def test_clips_that_take_the_place_of_others_are_said(capsys, model, tmp_path):
     assert "in place of" not in capsys.readouterr().out
     assert main(command) == 0
     assert "noise_0_000.wav and .png, in place of older ones" in capsys.readouterr().out
+
+
+def test_a_recording_that_cannot_be_read_is_skipped(model, folder, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.wav").write_bytes(b"nothing")
+    (tmp_path / "in" / "b.wav").write_bytes((folder / "tone3.wav").read_bytes())
+    assert main(["generate", str(model), "--from", str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 0
+    assert [path.name for path in (tmp_path / "out").glob("*.wav")] == ["b_reconstructed.wav"]
+    assert "skipped: " in capsys.readouterr().err
+
+
+def test_each_recording_has_noise_of_its_own(model, folder, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in "ab":
+        (tmp_path / "in" / f"{name}.wav").write_bytes((folder / "tone3.wav").read_bytes())
+    options = "--variation", "1", "--out", str(tmp_path / "out")
+    assert main(["generate", str(model), "--from", str(tmp_path / "in"), *options]) == 0
+    a, b = (wav(tmp_path / "out" / f"{name}_variation_1.wav") for name in "ab")
+    assert not np.array_equal(a, b)

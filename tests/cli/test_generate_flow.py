@@ -203,3 +203,22 @@ def test_a_value_that_the_model_refuses_leaves_no_folder(capsys, raw, tmp_path):
     (tmp_path / "out").mkdir()  # and one that was there stays
     refused(capsys, "generate", str(raw), "--from", "noise", "--steps", "0", "--out", str(tmp_path / "out"))
     assert (tmp_path / "out").is_dir() and not list((tmp_path / "out").iterdir())
+
+
+def test_each_end_of_an_interpolation_is_at_its_own_level(raw, folder, tmp_path):
+    ends, (samples, rate) = [], soundfile.read(folder / "tone3.wav")
+    for name, gain in (("loud", 1.0), ("faint", 0.1)):
+        soundfile.write(tmp_path / f"{name}.wav", gain * samples, rate)
+        ends.append(str(tmp_path / f"{name}.wav"))
+    clips = made(raw, tmp_path / "out", "--interpolate", *ends, "--num", "2", "--steps", "50")
+    for clip, path in zip(clips.values(), ends, strict=True):
+        given = read_audio(path, 4000)[0][0].numpy()
+        assert np.abs(clip / 32768 - given).max() < 0.05 * np.abs(given).max() + 1e-4
+
+
+def test_the_note_names_every_model_once(model, raw, tmp_path):
+    for each in (model, raw, model):
+        assert (
+            main(["generate", str(each), "--from", "noise", "--num", "1", "--seconds", "0.1", "--out", str(tmp_path)]) == 0
+        )
+    assert [note["class"] for note in module.made_by(tmp_path)[0]] == ["Flow", "CausalAutoencoder"]

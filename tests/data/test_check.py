@@ -13,7 +13,7 @@ import soundfile
 
 from s4audio.audio import AudioError
 from s4audio.data import AudioFolder, check_folder
-from s4audio.data.check import decibels, measure, summarize
+from s4audio.data.check import decibels, measure, summarize, warnings_about
 from tests import hostile
 
 needs_unix = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes, links and permissions are a Unix thing")
@@ -216,3 +216,11 @@ def test_an_interruption_does_not_wait_for_the_rest(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         check_folder(tmp_path, workers=1, progress=interrupt)
     assert len(begun) < 5
+
+
+def test_quiet_is_not_silent_and_twice_full_scale_is_too_much(tmp_path):
+    for level, share in ((0.002, 0.0), (0.0005, 1.0)):
+        soundfile.write(tmp_path / "a.wav", np.full(8000, level), 8000, subtype="FLOAT")
+        sound = measure(tmp_path / "a.wav")
+        assert sound.silent_share == share
+    assert ["over full scale" in warnings_about(sound._replace(peak=peak)) for peak in (1.9, 2.1)] == [False, True]

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from s4audio.data import ImageError, ImageSequences, read_images
-from s4audio.data.images import crop_flip, share
+from s4audio.data.images import Images, crop_flip, share
 
 SIZE, CLASSES = 8, ("airplane", "bird")
 
@@ -187,3 +187,37 @@ def test_the_original_is_read_by_torchvision_which_is_asked_for_if_it_is_missing
     assert images.pixels[1, :, 5].tolist() == [48 + 15, 48 + 16, 48 + 17]  # row 1, column 1
     with pytest.raises(ImageError, match="cannot be read or fetched: Dataset not found or corrupted"):
         read_images(tmp_path, "test", 4)
+
+
+def of_pixels(data: ImageSequences, pixels: torch.Tensor) -> ImageSequences:
+    data.sets = {"train": Images(pixels, torch.zeros(len(pixels), dtype=torch.int64), ("a",))}
+    return data
+
+
+def test_each_colour_has_moments_of_its_own():
+    pixels = (torch.randint(0, 256, (50, 3, 16)) * torch.tensor([1.0, 0.5, 0.1]).view(1, 3, 1)).to(torch.uint8)
+    mean, std = of_pixels(ImageSequences("nowhere", 4), pixels).moments()
+    u = (pixels.double() / 255).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(mean.double(), u.mean(1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(std.double(), u.std(1), rtol=1e-4, atol=0)
+
+
+def test_half_of_the_images_are_mirrored_and_each_is_moved_by_itself():
+    pixels = torch.arange(1, 1 + SIZE * SIZE, dtype=torch.uint8).expand(200, 3, -1)
+    data = of_pixels(ImageSequences("nowhere", SIZE, batch_size=50, augment="crop_flip"), pixels)
+    u = torch.cat([255 * u for u, _ in itertools.islice(data.train_dataloader(), 4)]).round().long()[:, 0]
+    u = u.unflatten(-1, (SIZE, SIZE))
+    assert 70 < int((u[:, 4, 4] < u[:, 4, 3]).sum()) < 130
+    places = [(int(image.any(1).nonzero()[0]), int(image.any(0).nonzero()[0])) for image in u]
+    assert len(set(places)) > 15 and places[:50] != places[50:100]
+
+
+def test_a_balanced_share_is_of_each_class(monkeypatch):
+    images = Images(torch.zeros(400, 3, 16, dtype=torch.uint8), torch.tensor([0] * 300 + [1] * 100), ("a", "b"))
+    monkeypatch.setattr("s4audio.data.images.read_images", lambda *_: images)
+    counts = []
+    for balanced in (False, True):
+        data = ImageSequences("x", 4, valid_images=1, fraction=0.1, balanced=balanced)
+        data.setup()
+        counts.append(data.sets["train"].labels.bincount().tolist())
+    assert counts[1] == [30, 10] != counts[0] and sum(counts[0]) == 40

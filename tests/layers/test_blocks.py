@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from s4audio.layers import S4D, ChannelNorm, FeedForward, GatedBlock, Pooled, PostNormBlock, S4Block
+from s4audio.layers import S4D, ChannelNorm, FeedForward, GatedBlock, ModulatedBlock, Pooled, PostNormBlock, S4Block
 from s4audio.ssm import backend
 from tests.ssm.systems import error
 
@@ -175,3 +175,12 @@ def test_a_pool_adds_what_was_made_of_the_frame_before(length):
             torch.einsum("io,i->o", pooled.up.conv.weight[:, :, place], nn.GELU()(inner)) + pooled.up.conv.bias
         )
     torch.testing.assert_close(pooled(u), wanted)
+
+
+def test_a_modulation_scales_and_shifts_the_norm_and_at_first_says_nothing():
+    block, u = ModulatedBlock(S4D(4, 4), 6), torch.randn(3, 4, 20)
+    assert torch.equal(block(u, torch.randn(3, 6)), block.block(u))
+    with torch.no_grad():
+        block.modulation.bias[:4], block.modulation.bias[4:] = 0.5, -1.0
+    norm, ssm, *_ = block.block.inner
+    torch.testing.assert_close(block(u, torch.zeros(3, 6)), block.block.mix(ssm(1.5 * norm(u) - 1), u))

@@ -138,3 +138,21 @@ def test_layers_are_not_left_frozen_where_freezing_one_fails(monkeypatch):
         pass
     model(torch.randn(1, 2, 9)).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("layer", [S4D, S4])
+@pytest.mark.parametrize(("discretization", "option"), [("generalized_bilinear", "alpha"), ("async", "gap")])
+def test_alpha_and_gap_reach_the_system(layer, discretization, option):
+    one, other = (layer(2, 4, init="legs", discretization=discretization, **{option: value}) for value in (0.5, 0.9))
+    other.load_state_dict(one.state_dict())
+    assert not torch.allclose(ssm.kernel(one.system(), 20), ssm.kernel(other.system(), 20))
+
+
+def test_a_frozen_layer_that_is_converted_is_frozen_no_more():
+    layer, u = S4D(2, 4), torch.randn(1, 2, 20, dtype=torch.float64)
+    layer.freeze()
+    with torch.no_grad():
+        layer.C.mul_(2)
+    fresh = S4D(2, 4).double()
+    fresh.load_state_dict(layer.double().state_dict())
+    torch.testing.assert_close(layer(u), fresh(u))

@@ -10,6 +10,7 @@ import torch
 
 from s4audio import ConvVAE, Evaluator
 from s4audio.audio import AudioError
+from s4audio.losses import multi_resolution_stft
 from s4audio.metrics.evaluator import pair_files
 
 RATE = 4000
@@ -307,3 +308,16 @@ def test_an_embedding_that_fails_names_the_file(real):
 
     with pytest.raises(RuntimeError, match=r"the embedding failing failed on .*000\.wav: shape"):
         Evaluator(Failing()).score(real, real)
+
+
+def test_pairs_are_at_the_level_of_the_reference(tmp_path):
+    for number in range(4):
+        x = 0.1 * np.random.default_rng(number).standard_normal(RATE).clip(-3, 3)
+        for name, gain in (("real", 1.0), ("made", 0.5)):
+            (tmp_path / name).mkdir(exist_ok=True)
+            soundfile.write(tmp_path / name / f"{number}.wav", gain * x, RATE, subtype="FLOAT")
+    paired = Evaluator().score(tmp_path / "made", tmp_path / "real", paired=True)["paired"]
+    assert paired["log_spectral_distance_db"] == pytest.approx(20 * np.log10(2), rel=0.02)
+    x = torch.from_numpy(x).float()[None] / np.abs(x).max()
+    found = next(file for file in paired["files"] if file["reference"] == "3.wav")["multi_resolution_stft"]
+    assert found == pytest.approx(multi_resolution_stft(x / 2, x).item(), rel=1e-3)

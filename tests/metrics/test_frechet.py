@@ -87,9 +87,9 @@ def test_a_constant_dimension_is_no_trouble():
 
 def test_many_dimensions_and_few_vectors_are_quick():
     x, y = torch.randn(500, 2048), torch.randn(500, 2048)
-    start = time.perf_counter()
+    start = time.process_time()
     frechet_distance(x, y)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_refuses_what_has_no_covariance():

@@ -58,3 +58,10 @@ def test_needs_sixteen_clips(tmp_path):
         soundfile.write(tmp_path / f"{index}.wav", np.random.default_rng(index).standard_normal(8000) * 0.1, 8000)
     with pytest.raises(ValueError, match="has 15 clips; a sensitivity card needs 16"):
         sensitivity(Evaluator(), tmp_path)
+
+
+def test_a_semitone_is_higher_and_faster():
+    tone = torch.sin(2 * torch.pi * 400 * torch.arange(8000) / 8000)[None]
+    made = DAMAGES["a semitone higher and faster"](tone, 8000)
+    assert made.shape[-1] == pytest.approx(8000 / 2 ** (1 / 12), abs=2)
+    assert torch.fft.rfft(made[0], 8000).abs().argmax().item() == pytest.approx(400 * 2 ** (1 / 12), abs=2)

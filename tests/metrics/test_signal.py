@@ -48,3 +48,10 @@ def test_mel_distance_of_a_gain_by_hand():
 def test_different_shapes_are_refused(score):
     with pytest.raises(ValueError, match="the shapes must agree"):
         score(torch.zeros(2, 1, 100), torch.zeros(2, 1, 99))
+
+
+def test_log_spectral_distance_is_the_root_mean_square_over_frequency_of_each_frame():
+    estimate, reference = torch.randn(2, 5000), torch.randn(2, 5000) * torch.linspace(0.1, 1, 5000)
+    S_est, S_ref = (np.abs(librosa.stft(v.double().numpy(), n_fft=256, hop_length=64)) for v in (estimate, reference))
+    wanted = np.sqrt(np.square(20 * np.log10(S_est / S_ref)).mean(-2)).mean(-1)
+    assert log_spectral_distance(estimate, reference, 256).numpy() == pytest.approx(wanted, rel=1e-3)

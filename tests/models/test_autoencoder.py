@@ -190,3 +190,46 @@ def test_bidirectional_hears_the_future_and_refuses_to_stream():
     assert not torch.equal(made[..., :50], other[..., :50])
     with pytest.raises(RuntimeError, match="hears the future and cannot stream; build it with bidirectional=False"):
         model.initial_state(1)
+
+
+def test_state_spaces_are_what_the_arguments_say():
+    model = causal(widths=(32, 32, 32), d_state=8, init="legs", discretization="bilinear", dt_min=0.02, dt_max=0.03)
+    layers = [module for module in model.modules() if isinstance(module, S4D)]
+    assert layers
+    for layer in layers:
+        assert layer.discretization == "bilinear" and layer.d_state == 8
+        assert 0.0199 < layer.log_dt.exp().min() < layer.log_dt.exp().max() < 0.0301
+        torch.testing.assert_close(layer.A(), S4D(1, 8, init="legs").A().expand(32, -1))
+
+
+def test_the_latents_statistics_forget_the_first_batches(monkeypatch):
+    model, latent = causal().train(), torch.zeros(1, 3, 10)
+    monkeypatch.setattr(model, "encode", lambda audio: latent)
+    monkeypatch.setattr(model, "decode", lambda latent, num_samples=None: latent)
+    for _ in range(200):
+        model.reconstruct(torch.zeros(1, 1, 1))
+    latent = torch.ones(1, 3, 10)
+    for _ in range(100):
+        model.reconstruct(torch.zeros(1, 1, 1))
+    assert model.latent_mean.flatten().tolist() == pytest.approx([1 - 0.99**100] * 3, rel=1e-3)
+
+
+def test_variation_keeps_the_mean_and_size_of_each_channel_of_each_clip(monkeypatch):
+    model = causal()
+    mean, size = (torch.tensor(v).unsqueeze(-1) for v in ([[3.0, -1.0], [0.0, 5.0]], [[2.0, 0.1], [1.0, 0.5]]))
+    latent = mean + size * torch.randn(2, 2, 50_000)
+    monkeypatch.setattr(model, "encode", lambda audio: latent)
+    monkeypatch.setattr(model, "decode", lambda latent, num_samples: latent)
+    varied = model.vary(torch.zeros(2, 1, 1), 0.6, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(varied.mean(-1, keepdim=True), mean, rtol=0, atol=0.05)
+    torch.testing.assert_close(varied.std(-1, keepdim=True), size, rtol=0.03, atol=0)
+
+
+def test_samples_have_the_latents_mean_and_size(monkeypatch):
+    model = causal().eval()
+    model.latent_mean.copy_(torch.tensor([[1.0], [-2.0], [3.0]]))
+    model.latent_std.copy_(torch.tensor([[0.5], [1.0], [2.0]]))
+    monkeypatch.setattr(model, "decode", lambda latent, num_samples: latent)
+    made = model.sample(1, 6 * 20_000, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(made.mean((0, 2)), model.latent_mean[:, 0], rtol=0, atol=0.05)
+    torch.testing.assert_close(made.std((0, 2)), model.latent_std[:, 0], rtol=0.03, atol=0)

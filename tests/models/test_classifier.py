@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from s4audio import S4Model
+from s4audio.layers import S4D
 from s4audio.models import PatchS4Model
 
 
@@ -132,3 +134,50 @@ def test_the_reference_system_2_has_twelve_blocks_of_512():
 def test_what_a_classifier_cannot_be_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("block", ["mix", "spectral", "post_norm"])
+@pytest.mark.parametrize("patches", [False, True])
+def test_dropout_reaches_every_block_and_acts_in_training_only(block, patches):
+    size = {"d_model": 8, "num_layers": 2, "d_state": 4, "block": block, "dropout": 0.3}
+    model = PatchS4Model(1, 2, patch=2, **size) if patches else S4Model(1, 2, **size)
+    shares = [module.p for module in model.modules() if isinstance(module, (nn.Dropout, nn.Dropout1d))]
+    assert shares == [0.3] * (4 if block == "post_norm" else 2)
+    u = torch.randn(1, 1, 16)
+    assert not torch.equal(model(u), model(u))
+    model.eval()
+    assert torch.equal(model(u), model(u))
+
+
+def test_the_layers_are_what_the_arguments_say():
+    options = {"discretization": "async", "gap": 0.3, "alpha": 0.7, "bidirectional": True}
+    model = S4Model(1, 2, 64, 2, d_state=8, init="legs", dt_min=0.02, dt_max=0.03, **options)
+    layers = [module for module in model.modules() if isinstance(module, S4D)]
+    assert len(layers) == 2
+    for layer in layers:
+        assert {name: getattr(layer, name) for name in options} == options and layer.d_state == 8
+        assert 0.0199 < layer.log_dt.exp().min() < layer.log_dt.exp().max() < 0.0301
+        torch.testing.assert_close(layer.A(), S4D(1, 8, init="legs").A().expand(64, -1))
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "pools", "groups"), [(5, [2, 2], [1, 2, 2]), (4, [4], [2, 2]), (7, [2], [3, 4]), (3, [2, 2], [1, 1, 1])]
+)
+def test_groups_between_pools_are_as_equal_as_can_be(num_layers, pools, groups):
+    trunk = S4Model(1, 2, 4, num_layers, d_state=4, pools=pools).trunk[1:]
+    kinds = "".join("p" if isinstance(module, nn.AvgPool1d) else "b" for module in trunk)
+    assert [len(group) for group in kinds.split("p")] == groups
+
+
+@pytest.mark.parametrize(("block", "linears"), [("filter", 0), ("mix", 1)])
+def test_only_some_blocks_mix_channels(block, linears):
+    model = S4Model(1, 2, 4, 1, d_state=4, block=block)
+    assert sum(isinstance(module, nn.Conv1d) for module in model.trunk[1].modules()) == linears
+
+
+def test_the_stem_is_two_convolutions():
+    model, image = PatchS4Model(3, 10, d_model=8, num_layers=1, patch=4, d_state=4), torch.rand(2, 3, 8, 8)
+    first, _, second = model.stem
+    assert first.weight.shape == (4, 3, 3, 3) and second.weight.shape == (8, 4, 4, 4)
+    inner = F.gelu(F.conv2d(image, first.weight, first.bias, padding=1))
+    torch.testing.assert_close(model.embed(image.flatten(-2)), F.conv2d(inner, second.weight, second.bias, 4).flatten(-2))

@@ -57,3 +57,19 @@ def test_gradients_reach_every_parameter_and_the_audio():
 def test_wrong_arguments_are_a_sentence(arguments):
     with pytest.raises(ValueError, match="wanted one window or more, each a multiple of 4 samples, and a width"):
         discriminator(**arguments)
+
+
+def test_each_feature_has_a_gradient():
+    audio = torch.randn(2, 1, 500, requires_grad=True)
+    for feature in discriminator()(audio)[1]:
+        (gradient,) = torch.autograd.grad(feature.square().sum(), audio, retain_graph=True)
+        assert gradient.any()
+
+
+def test_it_hears_ten_frames_to_either_side():
+    model, audio = discriminator(sizes=(64,)), torch.randn(1, 1, 1600)
+    changed = audio.clone()
+    changed[..., 800] += 1  # in the windows of frames 49 to 51
+    (before,), (after,) = model(audio)[0], model(changed)[0]
+    heard = (before - after).abs().amax((0, 1, 3)).nonzero()
+    assert (int(heard.min()), int(heard.max())) == (39, 61)

@@ -10,6 +10,7 @@ import torch
 
 from s4audio import S4DVAE, CausalAutoencoder, ConvVAE, Flow, S4Model, load
 from s4audio.models import euler
+from s4audio.models import flow as flow_module
 from s4audio.models.flow import WINDOWS
 from s4audio.tasks.optim import parameter_groups
 from tests.models.test_samplers import gaussian_velocity
@@ -405,3 +406,52 @@ def test_one_label_for_several_clips_is_refused(guidance):
 def test_double_precision_trains(model):
     model.double().train().training_losses(torch.randn(2, 1, 60, dtype=torch.float64))["flow"].backward()
     assert {parameter.grad.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float64}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, audio, options: model.vary(audio, 0.5, **options),
+        lambda model, audio, options: model.inpaint(audio, 10, 30, **options),
+        lambda model, audio, options: model.continue_(audio, 12, **options),
+    ],
+    ids=["vary", "inpaint", "continue"],
+)
+def test_label_and_guidance_reach_the_velocity(monkeypatch, call):
+    model, seen, label = flow(classes=("a", "b")).eval(), [], torch.tensor([1, 0])
+    monkeypatch.setattr(model, "_velocity", lambda label, guidance: seen.append((label, guidance)) or (lambda x, t: 0 * x))
+    call(model, torch.randn(2, 1, 60), {"label": label, "guidance": 3.0, "num_steps": 2})
+    assert seen[0][1] == 3.0 and torch.equal(seen[0][0], label)
+
+
+def test_an_interpolation_follows_its_label_there_and_back(monkeypatch):
+    model, seen = flow(classes=("a", "b")).eval(), []
+    monkeypatch.setattr(
+        model, "forward", lambda x, time, label=None: seen.append(None if label is None else label.tolist()) or 0 * x
+    )
+    model.interpolate(torch.randn(1, 60), torch.randn(1, 60), 3, label=torch.tensor([1]), num_steps=1)
+    assert seen == [[1, 1], [1, 1], [1, 1, 1], [1, 1, 1]]  # the two ends, and the three clips; never without the label
+
+
+def test_a_span_is_made_anew_in_every_frame_that_it_touches(monkeypatch):
+    model, seen, original = latent_flow().eval(), [], flow_module._with_known
+    monkeypatch.setattr(flow_module, "_with_known", lambda v, free, known: seen.append(free) or original(v, free, known))
+    model.inpaint(torch.randn(1, 1, 80), 12, 33, num_steps=1)
+    assert seen[0].nonzero().flatten().tolist() == [1, 2, 3, 4]  # frames of 8 samples
+
+
+def test_times_are_told_apart_by_their_waves():
+    waves = flow_module._waves(torch.tensor([0.0, 1.0, 0.3, 0.301]))
+    half = waves.shape[1] // 2
+    assert waves[0].tolist() == [1.0] * half + [0.0] * half
+    assert waves[1, 0] == pytest.approx(-1)  # half a period from noise to data
+    assert (waves[2] - waves[3]).abs().max() > 1  # and 500
+
+
+def test_the_shortcuts_carry_what_the_inside_does_not_know():
+    model, x, time = flow().eval(), torch.randn(1, 1, 60), torch.tensor([0.5])
+    with torch.no_grad():
+        for up in model.up:
+            up.weight.zero_()
+            up.bias.zero_()
+    assert not torch.allclose(model(x, time), model(0 * x, time))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from s4audio.layers import S4D
 from s4audio.models import sashimi as module
 from s4audio.models import stepping
 from s4audio.models.sashimi import CHECKED, RunawayError, SaShiMi
@@ -395,3 +396,29 @@ def test_a_long_clip_is_trained_on_within_20_gib_also_in_a_graph():
     torch.testing.assert_close(total.detach(), loss)
     for parameter, gradient in zip(built.parameters(), wanted, strict=True):
         assert (parameter.grad - gradient).norm() <= 1e-3 * gradient.norm()
+
+
+def test_dropout_acts_in_training_only():
+    built, audio = model(dropout=0.5).train(), noise(1, 1, 40)
+    assert not torch.equal(built(audio), built(audio))
+    built.eval()
+    assert torch.equal(built(audio), built(audio))
+
+
+@pytest.mark.parametrize(("unet", "layers"), [(False, 6), (True, 9)])
+def test_a_unet_has_blocks_on_the_way_down_too(unet, layers):
+    built = model(num_blocks=(1, 2, 3), pools=(2, 2), unet=unet, chunk_samples=32)
+    assert sum(isinstance(module, S4D) for module in built.modules()) == layers
+
+
+@pytest.mark.parametrize("code", [0, 15])
+def test_full_scale_of_either_sign_is_running_away(code):
+    codes = torch.full((CHECKED, 2), 8)
+    codes[:, 1] = code
+    with pytest.raises(RunawayError, match="clip 1 of the batch ran away"):
+        module.refuse_runaway(codes, torch.zeros(CHECKED, 2), 16)
+    module.refuse_runaway(codes[1:], torch.zeros(CHECKED - 1, 2), 16)
+
+
+def test_the_first_sample_follows_on_silence():
+    assert model().initial_state(3).previous.tolist() == [8, 8, 8]

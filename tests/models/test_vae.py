@@ -1,5 +1,7 @@
 """Both VAEs: shapes, their KL against torch's, draws, and that a collapse is seen."""
 
+import math
+
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
@@ -177,3 +179,37 @@ def test_the_blocks_of_an_s4d_vae_begin_as_shortcuts():
     model.reconstruct(audio)[0].sub(audio).square().mean().backward()
     blocks = [block for block in model.modules() if isinstance(block, GatedBlock)]
     assert len(blocks) == 6 and all(block.inner[3].weight.grad.abs().sum() > 0 for block in blocks)  # and learn
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_latent_is_drawn_from_the_posterior(vae, monkeypatch, training):
+    model, seen = vae().train(training), []
+    mean, log_variance = torch.full((1, 5, 20_000), 2.0), torch.full((1, 5, 20_000), -3.0)
+    monkeypatch.setattr(model, "posterior", lambda audio: (mean, log_variance))
+    monkeypatch.setattr(model, "decode", lambda latent, num_samples=None: seen.append(latent) or latent)
+    model.reconstruct(torch.zeros(1, 1, 10))
+    drawn = (seen[0].flatten() - 2) * math.exp(1.5)
+    assert drawn.mean() == pytest.approx(0, abs=0.02) and drawn.std() == pytest.approx(1, abs=0.02)
+    assert (drawn.abs() > 2).float().mean() == pytest.approx(0.0455, abs=0.01)  # of a Gaussian, and of no uniform one
+
+
+def test_free_nats_are_those_of_each_channel(vae, monkeypatch):
+    model, mean = vae(free_nats=0.5), torch.zeros(1, 5, 7)
+    mean[:, 0] = 2  # 2 nats in one channel, none in four
+    monkeypatch.setattr(model, "posterior", lambda audio: (mean, torch.zeros_like(mean)))
+    kl = model.reconstruct(torch.zeros(1, 1, 7 * model.hop_length))[1]["kl"]
+    assert kl.item() == pytest.approx((2 + 4 * 0.5) / 5)
+
+
+def test_the_convolutions_posterior_is_bounded():
+    model = ConvVAE(8000, **DEFAULTS)
+    for bias, bound in ((100.0, 4), (-100.0, -12)):
+        torch.nn.init.constant_(model.encoder[-1].bias, bias)
+        assert (model.posterior(torch.randn(2, 1, 60))[1] == bound).all()
+
+
+def test_a_dimension_is_active_that_tells_clips_apart(vae, monkeypatch):
+    model, scale = vae().eval(), torch.tensor([1.0, 0.3, 0.1, 0.0, 0.0]).view(1, 5, 1)
+    mean = torch.tensor([0.0, 1.0]).view(2, 1, 1).expand(2, 1, 9) * scale  # constant in time
+    monkeypatch.setattr(model, "encode", lambda audio: mean)
+    assert model.active_dimensions(torch.zeros(2, 1, 9)) == 2

@@ -4,9 +4,11 @@ from itertools import product
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from s4audio.audio import dequantize
 from s4audio.models import WaveNet
+from s4audio.models.sashimi import to_codes
 
 
 def model(**arguments) -> WaveNet:
@@ -44,3 +46,17 @@ def test_the_loss_reaches_every_parameter():
 def test_sizes_outside_their_range_are_refused(arguments):
     with pytest.raises(ValueError, match="must be at least 1, num_layers at most 20"):
         model(**arguments)
+
+
+def test_it_is_the_network_of_the_paper():
+    built, audio = model(), 0.4 * torch.randn(1, 1, 30, dtype=torch.float64)
+    u = built.embedding(F.pad(to_codes(audio, 16, "mu_law"), (1, 0), value=8)[:, :-1]).mT  # the first follows on silence
+    skips = torch.zeros(())
+    for index, (gate, out) in enumerate(zip(built.gates, built.outs, strict=True)):
+        before = F.pad(u, (2 ** (index % 3), 0))[..., :30]
+        made = sum(torch.einsum("oi,bit->bot", gate.weight[..., tap], v) for tap, v in enumerate((before, u)))
+        value, opening = (made + gate.bias[:, None]).chunk(2, 1)
+        both = out(value.tanh() * opening.sigmoid())
+        skips = skips + both[:, :5]
+        u = u + both[:, 5:] if index < 5 else u
+    torch.testing.assert_close(built(audio), built.head(skips / 6**0.5))

@@ -1,5 +1,7 @@
 """Loss weights of the generative task, and their warm-up."""
 
+import math
+
 import lightning
 import pytest
 import torch
@@ -71,3 +73,16 @@ def test_the_average_of_the_weights_is_scored_and_labels_reach_the_model(monkeyp
 def test_an_average_that_forgets_nothing_or_more_is_refused(decay):
     with pytest.raises(ValueError, match=f"ema_decay is {decay}; wanted at least 0 and below 1"):
         task(ema_decay=decay)
+
+
+@torch.no_grad()
+def test_a_silent_clip_has_no_sdr(monkeypatch):
+    scoring, logged, audio = task(), {}, torch.randn(3, 1, 64)
+    audio[1] = 0
+    monkeypatch.setattr(scoring, "log", lambda name, value, **o: logged.update({name: (float(value), o.get("batch_size"))}))
+    scoring._reconstruct(scoring.model, audio, 1)
+    score, number = logged["valid/si_sdr_db"]
+    assert math.isfinite(score) and number == 2
+    logged.clear()
+    scoring._reconstruct(scoring.model, 0 * audio, 1)
+    assert "valid/si_sdr_db" not in logged
