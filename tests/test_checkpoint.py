@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from s4audio import S4DVAE, CausalAutoencoder, ConvVAE, Flow, S4DAutoencoder, S4Model, SaShiMi, checkpoint
-from s4audio.checkpoint import CheckpointError, fingerprint, load, load_embedding, read_config, save
-from s4audio.models import PatchS4Model, WaveNet
+from s4audio.checkpoint import CheckpointError, fingerprint, load, load_embedding, load_state, read_config, save, save_state
+from s4audio.models import PatchS4Model, WaveNet, begin_stream
 
 
 def autoencoder() -> CausalAutoencoder:
@@ -242,3 +242,10 @@ def test_all_that_is_said_of_the_data_makes_the_kind(tmp_path, change):
     for name, about in (("one", {}), ("other", change)):
         save(autoencoder(), tmp_path / name, {"train_files": 3, **about})
     assert checkpoint.kind(tmp_path / "one") != checkpoint.kind(tmp_path / "other")
+
+
+def test_a_state_that_holds_no_numbers_is_refused(tmp_path):
+    model = autoencoder()
+    save_state(begin_stream(model)._replace(waiting=torch.tensor([[float("nan")]])), tmp_path / "state", "0")
+    with pytest.raises(CheckpointError, match="is damaged: it does not hold what a stream of this model remembers"):
+        load_state(tmp_path / "state", model, "0")

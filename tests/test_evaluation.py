@@ -1,8 +1,12 @@
 """The scripts of the published figures run, and say what the library says."""
 
+import collections
 import json
+import runpy
 import subprocess
 import sys
+import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +19,9 @@ from s4audio import CausalAutoencoder, Flow, SaShiMi, load, save
 from s4audio.audio import quantize, read_audio
 from s4audio.cli import main
 from s4audio.cli.run_page import read_curves
+from s4audio.data import ImageSequences, read_images
 from s4audio.metrics.signal import mel_distance, si_sdr
-from s4audio.models import WaveNet
+from s4audio.models import S4Model, WaveNet
 
 ROOT = Path(__file__).parents[1]
 
@@ -370,3 +375,140 @@ def test_words_are_recognized_by_a_classifier_of_recordings(tmp_path):
     of_made = found["folders"][str(made)]
     assert of_made["accuracy"] == 0.5 and of_made["clips"] == 8
     assert of_made["standard_error"] == pytest.approx((0.25 / 8) ** 0.5)
+
+
+def test_a_recipe_is_the_mean_and_the_deviation_of_its_seeds():
+    summary = runpy.run_path(str(ROOT / "evaluation" / "scifar.py"))["summary"]
+    names = ("test_accuracy", "valid_accuracy", "train_accuracy", "wall_seconds", "images_a_second")
+    rows = [
+        {"recipe": recipe, "parameters": 5, "epochs": 2.0, **dict.fromkeys(names, value)}
+        for recipe, value in (("a", 1.0), ("b", 7.0), ("a", 2.0), ("a", 6.0))
+    ]
+    a, b = summary(rows)
+    assert (a["seeds"], b["seeds"], b["test_accuracy_std"]) == (3, 1, None)
+    for name in names:
+        assert (a[name], b[name]) == (3, 7) and a[f"{name}_std"] == pytest.approx(7**0.5)
+
+
+def test_bits_are_the_mean_over_samples_and_spread_over_files():
+    summary = runpy.run_path(str(ROOT / "evaluation" / "likelihood.py"))["summary"]
+    assert summary([100.0, 600.0], [100, 200]) == pytest.approx(
+        {"bits_per_sample": 700 / 300, "bits_per_sample_std_of_files": 2**0.5}
+    )
+
+
+@pytest.mark.parametrize(("script", "name"), [("likelihood.py", "read"), ("codec.py", "clips")])
+def test_recordings_are_heard_at_the_level_of_the_training(tmp_path, script, name):
+    soundfile.write(tmp_path / "quiet.wav", 0.25 * np.sin(np.arange(800) * 0.1), 8000)
+    read = runpy.run_path(str(ROOT / "evaluation" / script))[name]
+    for level, peak in (("peak", 1.0), ("none", 0.25)):
+        common = ({"sample_rate": 8000, "normalize": level},) if name == "read" else (8000, level, 0.1)
+        (clip,) = read(str(tmp_path), *common)
+        assert clip.shape == (1, 1, 800) and clip.abs().max().item() == pytest.approx(peak, rel=0.01)
+
+
+def test_encoding_and_decoding_have_speeds_of_their_own():
+    speed = runpy.run_path(str(ROOT / "evaluation" / "codec.py"))["speed"]
+    model = types.SimpleNamespace(
+        sample_rate=1000, encode=lambda clip: time.sleep(0.05) or clip, decode=lambda latent: latent
+    )
+    found = speed(model, torch.zeros(1, 1, 1000))
+    assert found["encodes_times_real_time"] <= 20 < found["decodes_times_real_time"]
+
+
+def write_noise(folder: Path, *per_class: int) -> None:
+    """Images of noise in a subfolder for each class."""
+    rng = np.random.default_rng(0)
+    for label, number in enumerate(per_class):
+        (folder / str(label)).mkdir(parents=True)
+        for index in range(number):
+            Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(folder / str(label) / f"{index}.png")
+
+
+OF_IMAGES = {"classes": ["0", "1"], "size": 8, "grey": False, "train_images": 20}
+
+
+@torch.no_grad()
+def right_of(model: S4Model, data: Path) -> torch.Tensor:
+    """Which of the test images a model gets right."""
+    images = read_images(str(data), "test", 8)
+    return model(ImageSequences(str(data), 8, False).sequence(images.pixels)).argmax(-1) == images.labels
+
+
+def test_a_check_counts_all_images_of_a_small_model_and_the_first_of_a_large_one(tmp_path, monkeypatch, capsys):
+    data = tmp_path / "images"
+    write_noise(data / "test", 5, 5)
+    torch.manual_seed(0)
+    model = S4Model(3, 2, d_model=4, num_layers=1, d_state=4).eval()
+    save(model, tmp_path / "model", OF_IMAGES)
+    right = right_of(model, data)
+    main = runpy.run_path(str(ROOT / "evaluation" / "scifar_check.py"))["main"]
+    monkeypatch.setattr(sys, "argv", ["scifar_check.py", str(tmp_path / "model"), str(data)])
+    for changes, number in (({"BATCH": 4}, 10), ({"BATCH": 2, "LARGE": 1, "FEW": 7}, 7)):
+        for name, value in changes.items():
+            monkeypatch.setitem(main.__globals__, name, value)
+        main()
+        told = capsys.readouterr().out
+        share = right[:number].double().mean().item()
+        assert f"testing {number}\n" in told and f"accuracy {100 * share:.2f} % ±" in told.splitlines()[-1]
+
+
+def test_a_row_is_of_the_best_model_on_the_test_images_and_of_all_steps(tmp_path, monkeypatch):
+    data, run = tmp_path / "images", tmp_path / "small_3"
+    write_noise(data / "train", 1, 9)
+    write_noise(data / "test", 5, 5)
+    torch.manual_seed(0)
+    model = S4Model(3, 2, d_model=4, num_layers=1, d_state=4).eval()
+    for name, steps in (("best", 30), ("last", 60)):
+        told = {**OF_IMAGES, "steps": steps, "wall_seconds": steps / 15, "device": "CPU"}
+        save(model, run / name, {**told, "scores": {"valid/accuracy": steps / 100}})
+    (run / "recipe.yaml").write_text("data: {init_args: {batch_size: 4}}")
+    score = runpy.run_path(str(ROOT / "evaluation" / "scifar.py"))["score"]
+    curves = {"train/accuracy": (list(range(100)), [0.1] * 50 + [0.9] * 50)}
+    monkeypatch.setitem(score.__globals__, "read_curves", lambda run: curves)
+    row, share = score(run, str(data), "cpu"), right_of(model, data).double().mean().item()
+    assert (row["recipe"], row["seed"], row["test_accuracy"]) == ("small", 3, pytest.approx(share))
+    assert row["standard_error"] == pytest.approx((share * (1 - share) / 10) ** 0.5) and row["valid_accuracy"] == 0.3
+    assert row["train_accuracy"] == pytest.approx(0.9) and row["best_step"] == 30
+    assert (row["epochs"], row["wall_seconds"], row["images_a_second"]) == (12, 4, 60)
+
+
+def test_a_step_at_a_border_is_found_beside_those_elsewhere(tmp_path, monkeypatch):
+    class Jumps:
+        def inpaint(self, clips, start, stop, generators, label=None):
+            made = clips.clone()
+            made[..., start:stop] += 0.5
+            return made
+
+    monkeypatch.syspath_prepend(str(ROOT / "evaluation"))
+    monkeypatch.setattr("s4audio.load", lambda path, device: Jumps())
+    soundfile.write(tmp_path / "clip.wav", 0.1 * np.sin(np.arange(900) * 0.1), 8000)
+    found = runpy.run_path(str(ROOT / "evaluation" / "generators.py"))["seams"]("", tmp_path, "cpu")
+    assert found["inpaint_share_of_borders_beyond"] == 1
+    assert found["inpaint_largest_step_against_elsewhere"] == pytest.approx(0.5 / 0.01, rel=0.05)
+
+
+def test_near_copies_are_nearer_to_training_than_one_test_clip_in_a_hundred(monkeypatch):
+    def nearest(distances) -> types.SimpleNamespace:
+        return types.SimpleNamespace(distance=torch.as_tensor(distances))
+
+    found = types.SimpleNamespace(
+        scores=collections.defaultdict(lambda: collections.defaultdict(dict)), to_train=nearest([0.5, 1.005, 1.02, 9.0]),
+        reference_to_train=nearest(torch.linspace(1, 2, 101)), to_reference=nearest([5.0] * 4),
+    )  # fmt: skip
+    monkeypatch.syspath_prepend(str(ROOT / "evaluation"))
+    score = runpy.run_path(str(ROOT / "evaluation" / "generators.py"))["score"]
+    scores = score(types.SimpleNamespace(evaluate=lambda *folders: found), *map(Path, "abc"))
+    assert scores["share_nearer_to_train_than_1_percent_of_test"] == 0.5
+
+
+def test_what_is_recognized_is_told_of_each_class():
+    class Zero(torch.nn.Module):
+        num_classes = 2
+
+        def forward(self, frames):
+            return torch.tensor([[1.0, 0.0]]).expand(len(frames), 2)
+
+    accuracy = runpy.run_path(str(ROOT / "evaluation" / "recognize.py"))["accuracy"]
+    found = accuracy(Zero(), torch.randn(4, 8000), torch.tensor([0, 1, 0, 0]))
+    assert (found["accuracy"], found["by_class"]) == (0.75, [1.0, 0.0])

@@ -123,3 +123,12 @@ def test_one_file_and_a_name_with_a_space(tmp_path, capsys, monkeypatch):
     told = capsys.readouterr().out
     assert told.startswith("my song.wav: 1 file found, 1 read, 1 kept: 0.0 of 0.0 min (100.0%)")
     assert "s4audio train 'my song.wav'\n" in told and sorted(os.listdir("elsewhere")) == ["check.json", "rejects.csv"]
+
+
+def test_silence_is_told_in_percent(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    sound = np.append(0.3 * np.sin(np.arange(8000) * 0.1), np.zeros(24_000))
+    soundfile.write(tmp_path / "data" / "a.wav", sound, 8000)
+    assert main(["check", str(tmp_path / "data"), "--out", str(tmp_path / "out")]) == 0
+    (row,) = (line.split() for line in capsys.readouterr().out.splitlines() if "silent, % of the time" in line)
+    assert row[-3:] == ["75", "75", "75"]

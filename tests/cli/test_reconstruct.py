@@ -111,3 +111,12 @@ def test_names_with_brackets_are_names(model, recording, tmp_path, capsys):
     assert main(["reconstruct", str(model), str(source.with_suffix(".flac")), str(tmp_path / "[b].wav")]) == 0
     told = capsys.readouterr().out
     assert "song [live] [.flac: 3.0 s" in told and "[b].wav: " in told
+
+
+def test_a_model_of_recordings_as_they_are_hears_them_so(model, recording, tmp_path):
+    save(load(model), tmp_path / "model", {"normalize": "none"})
+    assert main(["reconstruct", str(tmp_path / "model"), str(recording), str(tmp_path / "out.wav")]) == 0
+    audio, _ = read_audio(recording, 4000)
+    with torch.no_grad():
+        wanted = load(model)(audio.unsqueeze(0))[0]
+    torch.testing.assert_close(read_audio(tmp_path / "out.wav")[0], wanted, rtol=0, atol=1e-4)

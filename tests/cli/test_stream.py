@@ -223,3 +223,11 @@ def test_a_place_that_cannot_be_written_shows_before_the_first_sample(capsys, mo
     monkeypatch.setattr(sys, "stdin", Pipe(b"1234"))
     error = refused(capsys, "stream", str(model), "--save-state", str(tmp_path / "file" / "state"))
     assert "choose another place" in error and sys.stdin.buffer.tell() == 0
+
+
+def test_what_an_incomplete_frame_holds_comes_out_when_a_stream_goes_on(through, tmp_path):
+    samples, state, options = sound(203), str(tmp_path / "state"), ["--format", "f32", "--block", "3"]
+    first, _ = through(samples[:101], *options, "--save-state", state)
+    second, _ = through(samples[101:], *options, "--load-state", state)
+    assert len(first) == 96  # 12 frames of 8; 3 samples are in the model and 2 wait for a block
+    np.testing.assert_array_equal(np.concatenate([first, second]), through(samples, *options)[0])

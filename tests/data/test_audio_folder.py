@@ -240,3 +240,26 @@ def test_files_without_a_class_and_classes_without_training_are_refused(labelled
 def test_wrong_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         AudioFolder("x", **{"sample_rate": 1000, **arguments})
+
+
+def test_the_seed_draws_the_clips_and_the_split_each(folder):
+    same_files = [AudioFolder(str(folder), 1000, valid=str(folder), clip_seconds=0.5, batch_size=4, seed=s) for s in (0, 1)]
+    first, other = (torch.cat(batches(data, 4)) for data in same_files)
+    assert not torch.equal(first, other)
+    splits = set()
+    for seed in range(6):
+        data = AudioFolder(str(folder), 1000, seed=seed)
+        data.setup()
+        splits.add(tuple(data.valid_names))
+    assert len(splits) > 1
+
+
+def test_another_rate_or_level_does_not_get_what_the_cache_holds_of_the_first(folder):
+    def read(rate: int, level: str) -> list[torch.Tensor]:
+        data = AudioFolder(str(folder), rate, valid=str(folder), normalize=level)
+        data.setup()
+        return data.train_clips
+
+    first, faster, louder = read(1000, "none"), read(2000, "none"), read(1000, "peak")
+    assert [clip.shape[-1] for clip in faster] == [2 * clip.shape[-1] for clip in first]
+    assert all(clip.amax() < 0.5 for clip in first) and all(clip.amax() == 1 for clip in louder)

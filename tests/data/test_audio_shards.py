@@ -151,3 +151,15 @@ def test_without_litdata_that_is_said(shards, tmp_path, folder, monkeypatch):
     for use in (AudioShards(str(shards), 4000).setup, lambda: write_shards(read(folder), tmp_path / "out")):
         with pytest.raises(RuntimeError, match=r"by litdata, which is not here; pip install 's4audio\[shards\]'"):
             use()
+
+
+def test_the_seed_draws_the_clips_and_a_clip_may_be_a_whole_piece(shards):
+    drawn = []
+    for seed in (0, 0, 1):
+        data = AudioShards(str(shards), 4000, clip_seconds=0.3, batch_size=4, seed=seed)
+        data.setup()
+        drawn.append(torch.cat(batches(data.train_dataloader(), 3)))
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    whole = AudioShards(str(shards), 4000, clip_seconds=2.0)
+    whole.setup()
+    assert next(iter(whole.train_dataloader())).shape[-1] == 8000

@@ -458,3 +458,25 @@ def test_builders_that_are_killed_leave_a_cache_that_the_next_finishes(tmp_path)
         assert said[2:] == [wanted, wanted]
         shutil.rmtree(command[-1]) if generator.random() < 0.5 else None
     assert subprocess.run(command, capture_output=True, text=True).stdout.strip() == wanted
+
+
+def test_a_file_whose_time_was_put_back_just_now_is_compared_by_its_content(place):
+    file = find_audio(place.source)[0]
+    os.utime(file, (0, 0))
+    assert cache._stamp(file) is None
+
+
+def test_each_place_has_a_cache_of_its_own(place):
+    assert place.read()[1] != place.read(source=place.source / "sub0")[1]
+
+
+def test_a_file_of_known_content_at_another_time_is_looked_at_once(place, settled, monkeypatch):
+    place.read()
+    time.sleep(0.02)  # beyond the resolution of file times
+    for file in find_audio(place.source):
+        os.utime(file)
+    place.read()
+    looked_at: list[Path] = []
+    monkeypatch.setattr(cache, "_digest", looked_at.append)
+    place.read()
+    assert looked_at == []

@@ -75,3 +75,7 @@ def test_silence_and_a_blink_have_no_loudness(level, seconds):
 def test_the_filter_is_stable_at_the_lowest_rate():
     sections = k_weighting(LOWEST_RATE)
     assert all(np.abs(np.roots(section[3:])).max() < 1 for section in sections)
+
+
+def test_what_is_faint_but_above_the_absolute_gate_has_a_loudness():
+    assert loudness(sine([-65.0], [5.0]), 48_000) == pytest.approx(-65.0, abs=0.1)

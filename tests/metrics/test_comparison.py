@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from s4audio.metrics.comparison import compare, memorization
+from s4audio.metrics.comparison import _spread, compare, memorization
 from s4audio.metrics.frechet import frechet_distance
 
 
@@ -110,3 +110,31 @@ def test_chance_makes_five_percent_look_like_copies(number, windows):
 def test_too_few_windows_say_nothing_about_copies():
     scores, _, _ = memorization(clips(3, 0), clips(3, 1), clips(3, 2))
     assert scores["share_nearer_than_95_percent_of_reference"] is None and len(scores["closest"]) == 3
+
+
+def test_the_interval_of_a_distance_does_not_reach_below_none():
+    real = clips(4, 0)
+    scores, _ = compare([clip + 0.01 * torch.randn(4, 6) for clip in real], real)
+    assert 0 == scores["fid_interval"][0] < scores["fid"] < scores["fid_interval"][1]
+
+
+def test_the_range_of_draws_holds_95_percent_of_them():
+    assert _spread("fid", range(41)) == {"fid": 20, "fid_interval": [1, 39]}
+
+
+def test_a_share_of_copies_is_counted_against_the_distance_of_one_reference_window_in_twenty():
+    real, train = clips(19, 0, windows=1), clips(30, 1)
+    assert memorization(real, real, train)[0]["share_nearer_than_95_percent_of_reference"] == 0  # none is nearer than itself
+    assert memorization(real, real[1:], train)[0]["share_nearer_than_95_percent_of_reference"] is None
+
+
+def test_copies_score_what_the_floor_does_and_leave_nothing_to_spread():
+    real = clips(40, 0)
+    copies, _ = compare(real, real, paired=True)
+    assert copies["at_equal_n"] == copies["floor"] and copies["fid_interval"] == pytest.approx([0, 0], abs=1e-6)
+
+
+def test_neighbours_are_looked_for_among_so_many_windows_at_most(monkeypatch):
+    monkeypatch.setattr("s4audio.metrics.comparison.MAX_MANIFOLD_WINDOWS", 40)
+    scores, _ = compare(clips(40, 0), clips(60, 1))
+    assert scores["at_equal_n"]["manifold_clips"] == scores["floor"]["manifold_clips"] == 10

@@ -97,3 +97,13 @@ def test_one_second_windows():
     frames = torch.arange(25).reshape(1, 25, 1)
     assert [w.flatten().tolist() for w in one_second_windows(frames, 10)] == [list(range(10)), list(range(10, 20))]
     assert [len(w[0]) for w in one_second_windows(frames, 26)] == [25]
+
+
+def test_windows_of_an_encoder_keep_no_gradients():
+    embedding = EncoderWindows(torch.nn.Conv1d(1, 4, 4, 4), 80, 4, "mine", {})
+    assert not embedding(torch.randn(1, 1, 200)).requires_grad
+
+
+def test_a_window_of_frames_of_a_second_or_longer_has_two_of_them():
+    embedding = EncoderWindows(lambda audio: audio[..., ::80], 80, 80, "mine", {})
+    assert embedding(torch.randn(1, 1, 400)).shape == (1, 2, 2)

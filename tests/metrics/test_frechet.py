@@ -181,3 +181,25 @@ def test_infinity_of_reconstructions_is_not_below_that_of_fresh_clips():
     generator = np.random.default_rng(0)
     real = one_window_each(generator.standard_normal((300, 8)))
     assert frechet_infinity(real, real, paired=True).estimate.value == pytest.approx(0, abs=1e-9)
+
+
+def test_infinity_counts_the_windows_of_both_sets():
+    generator = np.random.default_rng(0)
+    made, real = (one_window_each(generator.standard_normal((number, 2))) for number in (48, 24))
+    found = frechet_infinity(made, real)
+    assert found.sizes[0] == pytest.approx(32)  # the harmonic mean of 48 and 24
+
+
+def test_infinity_takes_no_subset_that_is_too_small_for_the_smaller_set():
+    generator = np.random.default_rng(0)
+    made, real = (one_window_each(generator.standard_normal((number, 6))) for number in (24, 240))
+    for sets in ((made, real), (real, made)):
+        assert len(frechet_infinity(*sets).sizes) == 6  # 12, 10, 8, 7, 6 and 5 blocks of 2 windows: 1.5 for each dimension
+
+
+def test_the_fit_of_the_line_is_the_squared_correlation():
+    generator = np.random.default_rng(0)
+    made, real = (one_window_each(generator.standard_normal((100, 8))) for _ in range(2))
+    found = frechet_infinity(made, real)
+    correlation = np.corrcoef(1 / np.array(found.sizes), found.distances)[0, 1]
+    assert found.r_squared == pytest.approx(correlation**2, abs=1e-6)

@@ -145,3 +145,37 @@ def test_subsets_of_the_clips():
     few = kernel([made[0], made[2], made[5]], [real[1], real[2], real[6]], 2.0)
     wanted = kernel_audio_distance(few).value
     assert discrepancy(everything, first, second).item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_the_bandwidth_looks_at_windows_from_all_over_the_set():
+    generator = torch.Generator().manual_seed(0)
+    real = [scale * clip for scale in (1, 100) for clip in clips(generator, 100)]
+    assert bandwidth(real, at_most=50) == pytest.approx(bandwidth(real), rel=0.3)
+
+
+def test_the_interval_of_pairs_is_from_leaving_out_each_pair():
+    generator = torch.Generator().manual_seed(0)
+    real = clips(generator, 5, windows=2)
+    made = [clip + 0.5 * torch.randn(2, 5, generator=generator) for clip in real]
+    found = kernel_audio_distance(kernel(made, real, 2.0, paired=True))
+
+    def without(index):
+        x, y = (of[:index] + of[index + 1 :] for of in (made, real))
+        return kernel_audio_distance(kernel(x, y, 2.0, paired=True)).value
+
+    variance = 4 * np.var([without(index) for index in range(5)])
+    assert found.high - found.value == pytest.approx(1.959964 * variance**0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_shuffle_into_the_same_two_sets_counts_as_large_as_they_are(seed):
+    """Of the 70 halves of 8 clips 2 are the sets themselves."""
+    generator = torch.Generator().manual_seed(seed)
+    made, real = clips(generator, 4, windows=3, shift=3.0), clips(generator, 4, windows=3)
+    assert permutation_test(kernel(made, real, 2.0), seed) == pytest.approx(2 / 70, abs=0.014)
+
+
+def test_sets_that_no_shuffle_equals_have_a_p_of_one_in_a_thousand():
+    generator = torch.Generator().manual_seed(0)
+    made, real = clips(generator, 30, shift=2.0), clips(generator, 30)
+    assert permutation_test(kernel(made, real, bandwidth(real))) == 0.001

@@ -49,3 +49,10 @@ def test_nearest_clip():
     assert found.clip[:2].tolist() == [3, 0] and found.distance[:2].max() < 0.05
     wanted = [torch.cdist(clips[2], other).amin(1).mean() for other in others]
     assert found.distance[2] == pytest.approx(min(wanted).item(), rel=1e-5)
+
+
+def test_the_windows_beside_the_longest_clip_must_be_enough():
+    uneven, enough = [torch.randn(6, 2), torch.randn(3, 2)], [torch.randn(9, 2), torch.randn(9, 2)]
+    for sets in ((uneven, enough), (enough, uneven)):
+        with pytest.raises(ValueError, match="there are 3 windows beside those of a clip; 5 neighbours"):
+            manifold(*sets)

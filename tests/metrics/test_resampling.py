@@ -49,3 +49,20 @@ def test_effective_windows_are_those_that_give_the_mean_its_variance(share):
 def test_effective_windows_of_one_a_clip_and_of_all_the_same():
     assert effective_windows([torch.randn(1, 3) for _ in range(7)]) == 7
     assert effective_windows([torch.ones(5, 3)] * 4) == pytest.approx(4)
+
+
+def test_a_long_clip_of_one_sound_counts_by_its_share_of_the_mean():
+    clips = [torch.randn(1, 3).expand(windows, 3) for windows in (1, 1, 1, 9)]
+    assert effective_windows(clips) == pytest.approx(12**2 / (1 + 1 + 1 + 9**2))
+
+
+def test_effective_windows_of_uneven_clips_are_their_definition():
+    generator = np.random.default_rng(0)
+    clips = [generator.standard_normal() + generator.standard_normal((windows, 1)) for windows in (1, 2, 9, 30)]
+    whole, lengths = np.concatenate(clips), np.array([1, 2, 9, 30])
+    within = sum(((clip - clip.mean()) ** 2).sum() for clip in clips) / (42 - 4)
+    between = sum(len(clip) * (clip.mean() - whole.mean()) ** 2 for clip in clips) / (4 - 1)
+    typical = (42 - (lengths**2).sum() / 42) / (4 - 1)
+    alike = (between - within) / (between + (typical - 1) * within)
+    wanted = 42 / (1 + ((lengths**2).sum() / 42 - 1) * alike)
+    assert 0 < alike < 1 and effective_windows([torch.from_numpy(clip) for clip in clips]) == pytest.approx(wanted)

@@ -302,3 +302,8 @@ def test_resolvent_is_the_inverse(alpha):
         error(resolvent(values["A"], values["P"], values["dt"], alpha) @ (identity - alpha * Z), identity.expand(3, -1, -1))
         < 1e-12
     )
+
+
+def test_nothing_is_left_of_a_state_after_a_gap_of_any_length():
+    A_bar = discretize(parameters("dplr", "legs"), "async", gap=1e7).A_bar
+    assert torch.isfinite(A_bar).all() and A_bar.abs().max() < 1e-12

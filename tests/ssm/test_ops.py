@@ -343,3 +343,8 @@ def test_poles_of_s4_are_the_eigenvalues_of_its_matrix(discretization):
 def test_an_undamped_pole_rings_for_ever():
     A = torch.tensor([[1j]], dtype=torch.complex128)
     assert poles(diagonal_system(A, A, A, torch.ones(1, 1, dtype=torch.float64), "bilinear"))[1].item() == float("inf")
+
+
+def test_a_mode_that_grows_never_decays():
+    A = torch.tensor([[0.1 + 1j]], dtype=torch.complex128)
+    assert poles(diagonal_system(A, A, A, torch.ones(1, 1, dtype=torch.float64), "zoh"))[1].item() == float("inf")

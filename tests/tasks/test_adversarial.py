@@ -197,3 +197,17 @@ def test_gpu_captured_steps_are_those_without_a_graph(precision):
             for a, b in ((theirs, start), (ours, theirs))
         )
         assert moved > 1e-3 and apart < most * moved, part
+
+
+def test_the_losses_of_each_network_reach_its_own_weights_only():
+    task, audio = adversarial(), clips(1)[0]
+    task.judged = True
+    losses = task.losses(audio)
+    for name, other in (("discriminator", task.model), ("adversarial", task.discriminator), ("feature", task.discriminator)):
+        gradients = torch.autograd.grad(losses[name], list(other.parameters()), retain_graph=True, allow_unused=True)
+        assert all(gradient is None for gradient in gradients), name
+
+
+def test_the_discriminator_has_a_rate_of_its_own_and_no_decay():
+    *_, judge = adversarial(weight_decay=0.1).parameter_groups()
+    assert (judge["lr"], judge["weight_decay"]) == (2e-3, 0.0)

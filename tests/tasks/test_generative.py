@@ -86,3 +86,17 @@ def test_a_silent_clip_has_no_sdr(monkeypatch):
     logged.clear()
     scoring._reconstruct(scoring.model, 0 * audio, 1)
     assert "valid/si_sdr_db" not in logged
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_validation_weighs_clips_alike_and_losses_as_they_end(monkeypatch):
+    validated, seen = task(loss_weights={"kl": 3.0}, loss_warmup_steps={"kl": 1000}), []
+    losses = validated.model.training_losses
+    monkeypatch.setattr(
+        validated.model, "training_losses", lambda audio: seen.append((len(audio), losses(audio))) or seen[-1][1]
+    )
+    trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer.validate(validated, torch.utils.data.DataLoader(list(torch.randn(6, 1, 64)), 4), verbose=False)
+    wanted = sum(size * float(sum(v * (3 if name == "kl" else 1) for name, v in of.items())) for size, of in seen) / 6
+    assert [size for size, _ in seen] == [4, 2]
+    assert float(trainer.callback_metrics["valid/loss"]) == pytest.approx(wanted, rel=1e-5)

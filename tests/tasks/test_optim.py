@@ -57,3 +57,7 @@ def test_one_cycle_is_that_of_torch():
 def test_one_cycle_wants_an_end():
     with pytest.raises(ValueError, match="one_cycle rises over warmup_steps 10 and falls until decay_steps None"):
         one_cycle(10, None)
+
+
+def test_the_largest_rate_for_the_dynamics_is_taken():
+    assert parameter_groups(S4D(2, 4), 0.01, 1e-3, 0.0)[1]["lr"] == 1e-3

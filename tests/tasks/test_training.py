@@ -292,3 +292,35 @@ def test_gpu_a_batch_that_does_not_fit_is_divided(cuda_graph):
     assert divided.parts > 1
     wanted, found = (parameters_to_vector(task.model.parameters()).cpu() - start for task in (plain, divided))
     assert (found - wanted).norm() < 0.05 * wanted.norm()
+
+
+def test_accumulated_gradients_are_those_of_all_their_batches_at_once():
+    halves = labelled(2)
+    whole = tuple(torch.cat(parts) for parts in zip(*halves, strict=True))
+    at_once, accumulated = Watch(), Watch()
+    train(classifying(), [whole], at_once)
+    train(classifying(), halves, accumulated, accumulate_grad_batches=2)
+    wanted, found = (
+        torch.cat([moments["exp_avg"].flatten() for moments in watch.states[-1]["moments"].values()])
+        for watch in (at_once, accumulated)
+    )
+    assert wanted.norm() > 0 and (found - wanted).norm() < 1e-3 * wanted.norm()
+
+
+def test_what_was_divided_and_left_out_goes_on_with_a_checkpoint():
+    before, after, kept = generative(), generative(), {}
+    before.parts, before.skipped, before.skipped_in_a_row = 4, 7, 3
+    before.on_save_checkpoint(kept)
+    after.on_load_checkpoint(kept)
+    assert (after.parts, after.skipped, after.skipped_in_a_row) == (4, 7, 3)
+
+
+def test_no_batch_of_a_skipped_step_leaves_a_trace_in_what_the_model_counts():
+    batches = clips(4)
+    batches[3][0, 0, 0] = float("nan")
+    watch, task = Watch(), generative(on_nan="skip")
+    train(task, batches, watch, accumulate_grad_batches=2)
+    before, skipped = (
+        {name: watch.states[step]["weights"][f"model.{name}"] for name, _ in task.model.named_buffers()} for step in (1, 3)
+    )
+    assert int(before["num_batches"]) == 2 and equal(before, skipped)
