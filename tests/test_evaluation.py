@@ -512,3 +512,11 @@ def test_what_is_recognized_is_told_of_each_class():
     accuracy = runpy.run_path(str(ROOT / "evaluation" / "recognize.py"))["accuracy"]
     found = accuracy(Zero(), torch.randn(4, 8000), torch.tensor([0, 1, 0, 0]))
     assert (found["accuracy"], found["by_class"]) == (0.75, [1.0, 0.0])
+
+
+def test_the_recognizer_is_trained_and_then_only_asked():
+    train = runpy.run_path(str(ROOT / "evaluation" / "recognize.py"))["train"]
+    train.__globals__["EPOCHS"] = 1
+    torch.manual_seed(0)
+    model = train(torch.randn(4, 8000), torch.tensor([0, 1, 0, 1]), 2)
+    assert not any(module.training for module in model.modules()) and model.num_classes == 2

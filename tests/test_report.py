@@ -138,3 +138,9 @@ def test_map_and_histogram_keep_the_sets_apart():
     axis = histogram_figure({"few": torch.tensor([1.0, 2.0]), "many": torch.arange(100.0) / 50}, "distance").axes[0]
     heights = [sum(np.diff(patch.get_path().vertices[:, 0]) * patch.get_path().vertices[1:, 1]) for patch in axis.patches]
     assert heights[0] == pytest.approx(heights[1], rel=1e-6)  # shares of each set, however large it is
+
+
+def test_poles_stand_at_their_frequency_and_decay():
+    figure = poles_figure({"one": (torch.tensor([10.0, 200.0]), torch.tensor([0.5, 0.25]))})
+    (axis,) = figure.axes
+    np.testing.assert_allclose(axis.collections[0].get_offsets(), [[10, 0.5], [200, 0.25]])

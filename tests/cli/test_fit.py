@@ -14,7 +14,7 @@ import yaml
 
 from s4audio import S4DAutoencoder, save
 from s4audio.checkpoint import read_config
-from s4audio.cli import main
+from s4audio.cli import fit_audio, main
 from s4audio.tasks import DivergenceError, GenerativeTask
 from s4audio.tasks.callbacks import RunFolder
 from tests.cli.commands import RECIPE, ROOT, fit, refused, without_pictures
@@ -313,3 +313,9 @@ def test_a_vae_trains_and_says_that_it_has_collapsed(folder, tmp_path, capsys):
         main(["generate", str(tmp_path / "run" / "best"), "--from", "noise", "--num", "1", "--out", str(tmp_path / "g")])
         == 0
     )
+
+
+def test_durations_are_of_all_clips_of_a_batch_and_in_minutes_if_long():
+    data = types.SimpleNamespace(sample_rate=100)
+    assert fit_audio.size(torch.zeros(3, 1, 250), data) == fit_audio.size((torch.zeros(3, 1, 250), None), data) == 7.5
+    assert [fit_audio._duration(seconds) for seconds in (7.5, 90.0)] == ["7.5 s", "1.5 min"]

@@ -255,3 +255,21 @@ def test_a_recipe_that_names_held_out_recordings_of_its_own_takes_some_of_the_fo
     )
     config = checkpoint.read_config(tmp_path / "run" / "last")["training"]
     assert config["valid_files"] > 0 and config["train_files"] + config["valid_files"] == 4
+
+
+def test_validations_are_spread_over_a_run_and_the_last_is_at_its_end():
+    def said(*arguments: int) -> dict[str, int]:
+        options = module._length(*arguments)
+        return {name.lstrip("-"): int(value) for name, value in zip(options[::2], options[1::2], strict=True)}
+
+    assert said(80, 3, 8)["trainer.val_check_interval"] == 30 and said(80, 3, 8)["save_every"] == 10
+    assert said(95, 1, 10)["save_every"] == 9  # the tenth after 90 steps, and not one after 100
+    assert said(3, 1, 10)["save_every"] == 1
+
+
+def test_clips_to_hear_are_from_all_over_what_is_held_out():
+    rate, length = 100, round(100 * module.HELD_OUT_SECONDS)
+    audio = torch.arange(40.0 * length).view(1, -1)
+    data = types.SimpleNamespace(sample_rate=rate, valid_names=["a"], valid_clips=[audio])
+    starts = [int(clip[0, 0]) // length for _, clip in module._held_out(data)]
+    assert starts == [40 * index // module.HELD_OUT_CLIPS for index in range(module.HELD_OUT_CLIPS)]
