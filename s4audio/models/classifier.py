@@ -1,7 +1,6 @@
 """Sequence classifiers: encoder -> state-space blocks -> mean over time -> linear head."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -24,31 +23,23 @@ def _check_block(block: str) -> None:
         raise ValueError(f"block is {block!r}; choose one of {', '.join(BLOCKS)}.")
 
 
-def _check_pools(pools: Sequence[int], num_layers: int, side: int | None) -> None:
-    if min(pools, default=1) < 1 or len(pools) >= max(num_layers, 1):
-        raise ValueError(f"pools is {list(pools)}; wanted numbers above 0, and fewer of them than the {num_layers} blocks.")
-    if side is not None and (side < 1 or side % math.prod(pools)):
-        raise ValueError(f"side is {side}; wanted a multiple of {math.prod(pools)}, the product of pools {list(pools)}.")
-
-
 class Turn(nn.Module):
-    """What was read row by row is read column by column: (B, C, rows * columns) -> (B, C, columns * rows)."""
+    """What was read row by row is read column by column, and the other way round: (B, C, side * side) of square images."""
 
-    def __init__(self, rows: int, columns: int) -> None:
+    def __init__(self, side: int) -> None:
         super().__init__()
-        self.rows, self.columns = rows, columns
+        self.side = side
 
     def forward(self, u: Tensor) -> Tensor:
-        """(B, C, rows * columns) -> (B, C, columns * rows)"""
-        if u.shape[-1] != self.rows * self.columns:
+        """(B, C, side * side) -> (B, C, side * side)"""
+        if u.shape[-1] != self.side**2:
             raise ValueError(
-                f"the sequences have {u.shape[-1]} samples here; wanted {self.rows} rows of {self.columns} (side is for "
-                "square images of that size)."
+                f"the sequences have {u.shape[-1]} samples; wanted the {self.side**2} of a square image of side {self.side}."
             )
-        return u.unflatten(-1, (self.rows, self.columns)).transpose(-1, -2).flatten(-2)
+        return u.unflatten(-1, (self.side, self.side)).transpose(-1, -2).flatten(-2)
 
     def extra_repr(self) -> str:
-        return f"{self.rows}, {self.columns}"
+        return f"side={self.side}"
 
 
 class Classifier(nn.Module):
@@ -102,11 +93,10 @@ class S4Model(Classifier):
         dt_max: largest step size at initialization.
         bidirectional: whether each layer also runs backwards in time.
         learn_B: whether B is trained.
-        pools: as many samples are averaged to one, between groups of blocks as equal as can be: [4] does it half way.
         side: for square images, their height and width: every second block reads them column by column. None: sequences.
 
     Raises:
-        ValueError: an unknown layer or block, pools that do not fit, or what the layer refuses.
+        ValueError: an unknown layer or block, a side below 1, or what the layer refuses.
 
     Source: reference systems 1 and 5; with `post_norm` the example of the public code.
     """
@@ -130,13 +120,13 @@ class S4Model(Classifier):
         dt_max: float = 1e-1,
         bidirectional: bool = False,
         learn_B: bool = True,
-        pools: Sequence[int] = (),
         side: int | None = None,
     ) -> None:
         if layer not in LAYERS:
             raise ValueError(f"layer is {layer!r}; choose S4D or S4.")
         _check_block(block)
-        _check_pools(pools, num_layers, side)
+        if side is not None and side < 1:
+            raise ValueError(f"side is {side}; wanted the height and width of the images, at least 1, or null.")
         options: dict[str, Any] = {} if init is None else {"init": init}
 
         def one_block() -> nn.Module:
@@ -147,21 +137,15 @@ class S4Model(Classifier):
             return BLOCKS[block](ssm, dropout=dropout)
 
         parts: list[nn.Module] = [nn.Conv1d(d_input, d_model, 1)]
-        pool_before = {(i + 1) * num_layers // (len(pools) + 1): pool for i, pool in enumerate(pools)}
-        rows, columns = side or 0, side or 0
         for index in range(num_layers):
-            if index in pool_before:
-                parts.append(nn.AvgPool1d(pool_before[index]))
-                columns //= pool_before[index]
             if side and index:
-                parts.append(Turn(rows, columns))
-                rows, columns = columns, rows
+                parts.append(Turn(side))
             parts.append(one_block())
         super().__init__(d_input, num_classes, d_model, Chain(*parts))
         self.num_layers, self.layer, self.block, self.d_state, self.dropout = num_layers, layer, block, d_state, dropout
         self.init, self.discretization, self.alpha, self.gap = init, discretization, alpha, gap
         self.dt_min, self.dt_max, self.bidirectional, self.learn_B = dt_min, dt_max, bidirectional, learn_B
-        self.pools, self.side = list(pools), side
+        self.side = side
 
 
 class PatchS4Model(Classifier):

@@ -38,40 +38,22 @@ def test_unknown_layers_and_blocks_are_refused():
             model(3, 10, block="pre_norm")
 
 
-def test_pools_average_between_groups_of_blocks():
-    model = S4Model(1, 2, d_model=4, num_layers=3, d_state=4, pools=[2, 5]).eval()
-    u = torch.randn(2, 1, 40)
-    encoder, first, _, second, _, third = model.trunk
-    y = second(first(encoder(u)).unflatten(-1, (20, 2)).mean(-1))
-    y = third(y.unflatten(-1, (4, 5)).mean(-1))
-    torch.testing.assert_close(model(u), model.head(y.mean(-1)))
-
-
 def test_every_second_block_reads_a_square_image_by_columns():
-    model = S4Model(1, 2, d_model=4, num_layers=3, d_state=4, pools=[2, 2], side=8).eval()
+    model = S4Model(1, 2, d_model=4, num_layers=3, d_state=4, side=8).eval()
     image = torch.randn(2, 1, 8, 8)
-    encoder, first, _, _, second, _, _, third = model.trunk
-    y = first(encoder(image.flatten(-2))).view(2, 4, 8, 4, 2).mean(-1)  # 8 rows of 4
-    y = second(y.mT.flatten(-2)).view(2, 4, 4, 4, 2).mean(-1)  # 4 columns of 4
+    encoder, first, _, second, _, third = model.trunk
+    y = first(encoder(image.flatten(-2))).view(2, 4, 8, 8)
+    y = second(y.mT.flatten(-2)).view(2, 4, 8, 8)
     torch.testing.assert_close(model(image.flatten(-2)), model.head(third(y.mT.flatten(-2)).mean(-1)))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"pools": [0]}, r"pools is \[0\]; wanted numbers above 0, and fewer of them than the 2 blocks"),
-        ({"pools": [2, 2]}, "fewer of them than the 2 blocks"),
-        ({"pools": [4], "side": 30}, r"side is 30; wanted a multiple of 4, the product of pools \[4\]"),
-        ({"side": 0}, "side is 0"),
-    ],
-)
-def test_pools_and_sides_that_do_not_fit_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        S4Model(3, 10, d_model=4, num_layers=2, d_state=4, **arguments)
+def test_a_side_below_1_is_refused():
+    with pytest.raises(ValueError, match="side is 0; wanted the height and width of the images, at least 1"):
+        S4Model(3, 10, d_model=4, num_layers=2, d_state=4, side=0)
 
 
 def test_a_side_that_is_not_the_images_is_refused():
-    with pytest.raises(ValueError, match="the sequences have 100 samples here; wanted 8 rows of 8"):
+    with pytest.raises(ValueError, match="the sequences have 100 samples; wanted the 64 of a square image of side 8"):
         S4Model(3, 10, d_model=4, num_layers=2, d_state=4, side=8)(torch.rand(1, 3, 100))
 
 
@@ -158,15 +140,6 @@ def test_the_layers_are_what_the_arguments_say():
         assert {name: getattr(layer, name) for name in options} == options and layer.d_state == 8
         assert 0.0199 < layer.log_dt.exp().min() < layer.log_dt.exp().max() < 0.0301
         torch.testing.assert_close(layer.A(), S4D(1, 8, init="legs").A().expand(64, -1))
-
-
-@pytest.mark.parametrize(
-    ("num_layers", "pools", "groups"), [(5, [2, 2], [1, 2, 2]), (4, [4], [2, 2]), (7, [2], [3, 4]), (3, [2, 2], [1, 1, 1])]
-)
-def test_groups_between_pools_are_as_equal_as_can_be(num_layers, pools, groups):
-    trunk = S4Model(1, 2, 4, num_layers, d_state=4, pools=pools).trunk[1:]
-    kinds = "".join("p" if isinstance(module, nn.AvgPool1d) else "b" for module in trunk)
-    assert [len(group) for group in kinds.split("p")] == groups
 
 
 @pytest.mark.parametrize(("block", "linears"), [("filter", 0), ("mix", 1)])
