@@ -246,11 +246,14 @@ def load_state(path: str | Path, model: CausalAutoencoder, model_sha256: str) ->
 def load_embedding(path: str | Path, device: str | torch.device = "cpu") -> EncoderWindows:
     """The encoder of the model in a folder, for `Evaluator`; known by the SHA-256 of its weights.
 
+    Of a flow on latents it is the encoder of the autoencoder that it works on.
+
     Raises:
         CheckpointError: there is no model, it has no encoder, or it hears more than one channel.
     """
     model: Any = load(path, device)
     config, sha256 = read_config(path), fingerprint(path)
+    model = getattr(model, "autoencoder", None) or model
     if not hasattr(model, "encode"):
         raise CheckpointError(f"{path} is a {config['class']}, which has no encoder; an embedding needs one.")
     if model.channels != 1:

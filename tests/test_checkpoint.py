@@ -224,6 +224,19 @@ def test_an_embedding_is_the_encoder_of_a_model(tmp_path):
         load_embedding(tmp_path / "classifier")
 
 
+def test_the_embedding_of_a_flow_is_the_encoder_that_it_works_on(tmp_path):
+    autoencoder = CausalAutoencoder(8000, strides=(2,), widths=(4, 4), d_state=4, latent_channels=3).eval()
+    save(autoencoder, tmp_path / "autoencoder")
+    save(Flow(8000, autoencoder=autoencoder, strides=(2,), widths=(4, 4), num_blocks=1, d_state=4), tmp_path / "flow")
+    save(Flow(8000, strides=(2,), widths=(4, 4), num_blocks=1, d_state=4), tmp_path / "raw")
+    audio = torch.randn(1, 1, 16000)
+    embedding = load_embedding(tmp_path / "flow")
+    torch.testing.assert_close(embedding(audio), load_embedding(tmp_path / "autoencoder")(audio))
+    assert embedding.details["sha256"] == fingerprint(tmp_path / "flow")  # who scores the flow's clips by it is warned
+    with pytest.raises(CheckpointError, match="Flow, which has no encoder"):
+        load_embedding(tmp_path / "raw")
+
+
 def test_models_of_one_recipe_and_data_are_of_one_kind(tmp_path):
     for name, steps, files in (("a", 1, 3), ("b", 2, 3), ("c", 1, 4)):
         save(

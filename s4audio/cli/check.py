@@ -53,6 +53,8 @@ def report_folder(folder: str, out: Path, workers: int | None = None) -> None:
         check_place(file)
     with progress_bar() as bar:
         files = check_folder(folder, workers, lambda done, total: bar("reading", done, total))
+    if not files:
+        raise ValueError(f"{folder} is empty; put audio files into it, or name another folder.")
     found = summarize(files)
     _print(folder, files, found)
     _write_rejects(rejects, files)

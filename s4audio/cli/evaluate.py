@@ -53,7 +53,9 @@ def evaluate(arguments: list[str]) -> None:
     )
     parser.add_argument("generated", nargs="?", help="folder of audio to judge")
     parser.add_argument("reference", nargs="?", help="folder of recordings that it should sound like")
-    parser.add_argument("--embedding", default="log_mel", help="log_mel (default), or a model folder such as runs/NAME/best")
+    parser.add_argument(
+        "--embedding", default="log_mel", help="log_mel (default), a model folder such as runs/NAME/best, or classical-16k"
+    )
     parser.add_argument("--train", help="folder that the generator was trained on: looks for copies of its clips")
     parser.add_argument(
         "--paired", action="store_true", help="NAME.wav and NAME_reconstructed.wav belong together: adds SI-SDR"
@@ -88,14 +90,14 @@ def evaluate(arguments: list[str]) -> None:
 
 
 def embedding(name: str) -> str | Embedding:
-    """`log_mel`, or the encoder of the model in a folder.
+    """`log_mel`, or the encoder of the model in a folder, or of the pretrained one of this name.
 
     Raises:
         ValueError: there is no such model, or it has no encoder.
     """
     if name == "log_mel":
         return name
-    if not Path(name).exists():
+    if not checkpoint.located(name).exists():
         raise ValueError(f"the embedding {name!r} is neither log_mel nor a folder that holds a model.")
     return checkpoint.load_embedding(name)
 

@@ -285,8 +285,10 @@ def _recipe_cli(arguments: list[str]) -> Any:
         def instantiate_classes(self) -> None:
             """Adds what the run writes and shows to the trainer that the recipe describes."""
             out, trainer = Path(self.config["out"]), self.config["trainer"]
-            if self.config["save_every"] < 1:
-                raise ValueError(f"save_every is {self.config['save_every']}; wanted at least 1 step.")
+            every = {"save_every": self.config["save_every"], "trainer.val_check_interval": trainer["val_check_interval"]}
+            for name, steps in every.items():
+                if steps is not None and steps <= 0:
+                    raise ValueError(f"{name} is {steps}; wanted at least 1 step.")
             if trainer["num_nodes"] != 1:
                 raise ValueError(f"trainer.num_nodes is {trainer['num_nodes']}; this version trains on one machine.")
             if 0 < trainer["max_steps"] < (trainer["val_check_interval"] or 0):

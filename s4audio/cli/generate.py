@@ -79,8 +79,10 @@ def generate(arguments: list[str]) -> None:
     training = checkpoint.read_config(args.model)["training"]
     how_loud = args.normalize or training.get("normalize", "none")
     if method == "sample":
-        in_training = training.get("clip_seconds") if getattr(model, "classes", ()) else None
-        made = _from_noise(model, options, args, args.seconds or in_training or SECONDS)
+        of_a_label = training.get("clip_seconds") if getattr(model, "classes", ()) else None
+        if of_a_label and (args.seconds or 0) > of_a_label:
+            print(f"note:     {args.model} learned one label a clip, clips of {of_a_label:g} s; longer ones are unlike them")
+        made = _from_noise(model, options, args, args.seconds or of_a_label or SECONDS)
     elif method == "interpolate":
         made = _between(model, options, args, sources, how_loud)
     else:
@@ -114,12 +116,16 @@ def _asked_for(args: argparse.Namespace) -> tuple[str, Any]:
     a_recording = args.source not in ("noise", None)
     if (args.num is not None and a_recording) or (args.seconds is not None and args.source != "noise"):
         raise ValueError("--num and --seconds are for --from noise; a recording gives one clip, as long as it is.")
-    num, seconds = NUM_CLIPS if args.num is None else args.num, SECONDS if args.seconds is None else args.seconds
-    for option, value, least in (("--num", num, 1), ("--batch-size", args.batch_size, 1), ("--seed", args.seed, 0)):
-        if value < least:
+    for option, value, least in (
+        ("--num", args.num, 1),
+        ("--batch-size", args.batch_size, 1),
+        ("--seed", args.seed, 0),
+        ("--steps", args.num_steps, 1),
+    ):
+        if value is not None and value < least:
             raise ValueError(f"{option} is {value}; wanted at least {least}.")
-    if not 0 < seconds <= 3600:
-        raise ValueError(f"--seconds is {seconds:g}; wanted a positive number, at most 3600.")
+    if args.seconds is not None and not 0 < args.seconds <= 3600:
+        raise ValueError(f"--seconds is {args.seconds:g}; wanted a positive number, at most 3600.")
     if args.variation is not None and not 0 <= args.variation <= 1:
         raise ValueError(f"--variation is {args.variation}; wanted 0 (reconstruction) to 1 (only noise).")
     if args.interpolate:

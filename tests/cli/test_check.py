@@ -77,9 +77,14 @@ def test_nothing_to_keep_is_status_2_and_written_down_all_the_same(tmp_path, cap
     assert (tmp_path / "check" / "rejects.csv").read_text().splitlines()[1:] == [
         "data/empty.wav,empty file,data/empty.wav is an empty file."
     ]
-    (tmp_path / "data" / "empty.wav").unlink()
-    assert "none of the 0 files in data can be used" in refused(capsys, "check", "data")
-    assert json.loads((tmp_path / "check" / "check.json").read_text())["found"] == 0
+
+
+def test_an_empty_folder_leaves_nothing_behind(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for verb in ("check", "train"):
+        assert "data is empty; put audio files into it" in refused(capsys, verb, "data")
+    assert list(tmp_path.iterdir()) == [tmp_path / "data"]
 
 
 @pytest.mark.parametrize("out", [".", "data", "data/check", "data/sub/check", "link/check"])

@@ -237,6 +237,9 @@ def test_wrong_recipes_end_in_a_sentence_and_status_2(capsys, folder, tmp_path):
     assert "max_steps" in with_change(lambda recipe: recipe["trainer"].update(max_steps="forty"))
     assert "trainer refuses the recipe" in with_change(lambda recipe: recipe["trainer"].update(devices=0))
     assert "save_every is 0; wanted at least 1" in with_change(lambda recipe: recipe.update(save_every=0))
+    assert "trainer.val_check_interval is 0; wanted at least 1 step" in with_change(
+        lambda recipe: recipe["trainer"].update(val_check_interval=0)
+    )
     assert "latent_channels 0 and channels 1 must all be at least 1" in with_change(set_model("latent_channels", 0))
     assert "trainer.logger is set" in with_change(lambda recipe: recipe["trainer"].update(logger=False))
     assert "have 1 (mono)" in with_change(set_model("channels", 2))

@@ -56,6 +56,13 @@ def test_labels_by_name(raw, tmp_path):
     assert np.abs(two["two_0_001"] / 32768 - wanted[1, 0].numpy()).max() < 1e-4
 
 
+def test_clips_longer_than_those_with_labels_are_made_with_a_note(raw, tmp_path, capsys):
+    for seconds, noted in (("0.3", False), ("0.4", True)):
+        clips = made(raw, tmp_path / seconds, "--from", "noise", "--num", "1", "--label", "two", "--seconds", seconds)
+        assert len(clips["two_0_000"]) == round(4000 * float(seconds))
+        assert ("learned one label a clip, clips of 0.3 s" in capsys.readouterr().out) == noted
+
+
 @pytest.mark.parametrize("kind", ["raw", "latent"])
 def test_the_same_seed_makes_the_same_clips_at_any_batch_size(kind, request, tmp_path):
     options = "--from", "noise", "--num", "3", "--seconds", "0.5"
@@ -116,7 +123,7 @@ def test_an_interpolation_goes_from_one_recording_to_the_other(raw, folder, tmp_
         ("--from noise --temperature 0.9", "a Flow; it takes --label, --steps, --guidance."),
         ("--from noise --inpaint 1:2", "--inpaint and --continue need a recording"),
         ("--from noise --continue 1", "--inpaint and --continue need a recording"),
-        ("--from noise --steps 0", "num_steps is 0; wanted at least 1"),
+        ("--from noise --steps 0", "--steps is 0; wanted at least 1"),
         ("--from noise --label two --guidance -1", "guidance is -1.0"),
         ("--from noise --guidance 2", "--guidance says how closely to follow a label, and there is no --label."),
         ("--from TONE --inpaint 1-2", "--inpaint is 1-2; wanted START:STOP in seconds"),
@@ -192,16 +199,18 @@ def test_models_are_listed_and_taken_by_name(raw, tmp_path, monkeypatch, capsys)
     size = (tmp_path / "shipped" / "digits-4k" / "model.safetensors").stat().st_size / 1e6
     assert all(word in told for word in ("digits-4k", "Flow", "4,000 Hz", "seven, two", f"{size:.1f} MB"))
     assert len(made(Path("digits-4k"), tmp_path / "out", "--from", "noise", "--seconds", "0.1")) == 4
+    error = refused(capsys, "evaluate", "GENERATED", "REFERENCE", "--embedding", "digits-4k")
+    assert "digits-4k is a Flow, which has no encoder" in error
     assert main(["info", "digits-4k"]) == 0
     assert "seven, two" in capsys.readouterr().out and (tmp_path / "poles.png").exists()
 
 
 def test_a_value_that_the_model_refuses_leaves_no_folder(capsys, raw, tmp_path):
-    error = refused(capsys, "generate", str(raw), "--from", "noise", "--steps", "0", "--out", str(tmp_path / "out"))
-    assert "num_steps is 0; wanted at least 1" in error
+    options = ("--from", "noise", "--label", "two", "--guidance", "-1", "--out", str(tmp_path / "out"))
+    assert "guidance is -1" in refused(capsys, "generate", str(raw), *options)
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()  # and one that was there stays
-    refused(capsys, "generate", str(raw), "--from", "noise", "--steps", "0", "--out", str(tmp_path / "out"))
+    refused(capsys, "generate", str(raw), *options)
     assert (tmp_path / "out").is_dir() and not list((tmp_path / "out").iterdir())
 
 
