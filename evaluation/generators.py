@@ -7,8 +7,9 @@ Recordings are cut into clips of --seconds, side by side; one that is shorter is
 training. Every model makes as many clips of that length as there are test clips, or --clips, from seeds 0, 1, 2, …; one with
 classes makes all of them in turn. All are scored at a peak of 1 by the encoder of the judge, which must be none of the
 models, and by log_mel: FID, FID∞, KAD with their intervals, beside what the training clips score against the test clips;
-density and coverage; and how many clips are as near to a training clip as only 1 % of the test clips are. Models that fill
-spans or go on with recordings do that with test clips too, to see whether the audio steps at the borders.
+density and coverage; and how many clips are as near to a training clip as only 1 % of the test clips are, beside how many
+training clips are as near to one of another recording: artists and pieces that the tests do not have bring both up.
+Models that fill spans or go on with recordings do that with test clips too, to see whether the audio steps at the borders.
 
 OUT gets a folder of WAV files for each model, scores.json, and report.html with the clips of seeds 0 to 3 of each. Clips
 that the same weights and the same code made there before are not made again.
@@ -33,6 +34,7 @@ from s4audio.audio import find_audio, normalize, read_audio, write_audio
 from s4audio.cli.evaluate import embedding
 from s4audio.metrics.embeddings import Embedding
 from s4audio.metrics.evaluator import Folder
+from s4audio.metrics.neighbours import nearest
 from s4audio.report import Clip, Section, write_page
 
 HEARD = 4  # clips of each model on the page
@@ -40,14 +42,14 @@ HEADING = ("model", "FID", "FID∞", "KAD", "train's KAD", "told apart", "densit
 
 
 def cut(folder: str, out: Path, seconds: float, rate: int) -> int:
-    """Writes the recordings of a folder as clips of one length; returns how many."""
+    """Writes the recordings of a folder as clips of one length, RECORDING_PART.wav; returns how many."""
     length, number = round(seconds * rate), 0
-    for file in find_audio(folder):
+    for recording, file in enumerate(find_audio(folder)):
         audio = normalize(read_audio(file, rate)[0], "peak")
         audio = F.pad(audio, (0, max(0, length - audio.shape[-1])))
-        for clip in audio.split(length, dim=-1):
+        for part, clip in enumerate(audio.split(length, dim=-1)):
             if clip.shape[-1] == length and clip.any():
-                write_audio(out / f"{number:05d}.wav", clip, rate)
+                write_audio(out / f"{recording:05d}_{part:03d}.wav", clip, rate)
                 number += 1
     return number
 
@@ -125,14 +127,28 @@ def score(evaluator: Listener, made: Path, test: Path, train: Path) -> dict[str,
     """The scores that are kept of a folder of clips."""
     found = evaluator.evaluate(made, test, train)
     assert found.to_train is not None and found.reference_to_train is not None  # for mypy; there is a training folder
-    limit = np.quantile(found.reference_to_train.distance.numpy(), 0.01)
+    limit = float(np.quantile(found.reference_to_train.distance.numpy(), 0.01))
     return {
         **{key: found.scores[key] for key in KEPT},
         "train_against_test": {key: found.scores["train_against_reference"][key] for key in KEPT},
+        "distance_to_train_of_the_nearest_1_percent_of_test": limit,
         "share_nearer_to_train_than_1_percent_of_test": float((found.to_train.distance.numpy() < limit).mean()),
         "memorization": found.scores["memorization"],
         "defects": found.scores["defects"]["generated"],
     }
+
+
+def share_alike(clips: Folder, limit: float) -> float:
+    """How many clips, as `cut` names them, are nearer than that to one of another recording in the same folder."""
+    recordings = [clip.name.partition("_")[0] for clip in clips.clips]
+    near = 0
+    for recording in set(recordings):
+        own, others = (
+            [clip for clip, its in zip(clips.windows(), recordings, strict=True) if (its == recording) == wanted]
+            for wanted in (True, False)
+        )
+        near += int((nearest(own, others).distance < limit).sum())
+    return near / len(recordings)
 
 
 def table_row(name: str, scores: dict[str, Any]) -> tuple[str, ...]:
@@ -186,13 +202,22 @@ def main() -> None:
         rows[-1] |= {"seams": seams(folder, real["test"], args.device)}
         rows[-1] |= {"sha256": checkpoint.fingerprint(folder), "training": checkpoint.read_config(folder)["training"]}
     tables: dict[str, list[tuple[str, ...]]] = {"the trained encoder": [HEADING], "log_mel": [HEADING]}
+    alike = {}
     for by, which in zip(tables, (args.judge, "log_mel"), strict=True):
         evaluator = Listener(embedding(which), sample_rate=rate)
         for row in rows:
             row[by.replace(" ", "_")] = scores = score(evaluator, args.out / row["model"], real["test"], real["train"])
             tables[by].append(table_row(row["model"], scores))
             print(f"by {by}:", *tables[by][-1], sep="  ", flush=True)
-    about = {"seconds": args.seconds, "train_clips": number["train"], "test_clips": number["test"], "judge": judge}
+        limit = scores["distance_to_train_of_the_nearest_1_percent_of_test"]
+        alike[by.replace(" ", "_")] = share_alike(evaluator.heard[str(real["train"])], limit)
+        print(
+            f"by {by}: {alike[by.replace(' ', '_')]:.1%} of the training clips are as near to another recording", flush=True
+        )
+    about = {
+        "seconds": args.seconds, "train_clips": number["train"], "test_clips": number["test"], "judge": judge,
+        "train_clips_as_near_to_another_recording": alike,
+    }  # fmt: skip
     (args.out / "scores.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
 
     def heard(folder: Path) -> list[Clip]:

@@ -195,8 +195,13 @@ def generators() -> str:
         for row in found["rows"]:
             rows.append((f"{data}: {row['model']}", *scores_of(row["the_trained_encoder"], row["log_mel"])))
         by, log_mel = (found["rows"][0][name]["train_against_test"] for name in ("the_trained_encoder", "log_mel"))
-        floor = (number(by["fid"]), number(by["fid_infinity"]), number(by["kad"]), "", "", "", number(log_mel["fid"]))
-        rows.append((f"{data}: the training clips themselves", *floor, number(log_mel["kad"]), "", ""))
+        alike = found.get("train_clips_as_near_to_another_recording", {})
+        near, near_by_log_mel = (
+            f"{alike[name]:.1%}" if name in alike else "" for name in ("the_trained_encoder", "log_mel")
+        )
+        first = *(number(by[key]) for key in ("fid", "fid_infinity", "kad")), "", near, ""
+        second = number(log_mel["fid"]), number(log_mel["kad"]), near_by_log_mel, ""
+        rows.append((f"{data}: the training clips themselves", *first, *second))
     return table(*rows)
 
 

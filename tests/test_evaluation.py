@@ -20,6 +20,7 @@ from s4audio.audio import quantize, read_audio
 from s4audio.cli import main
 from s4audio.cli.run_page import read_curves
 from s4audio.data import ImageSequences, read_images
+from s4audio.metrics.evaluator import EmbeddedClip, Folder
 from s4audio.metrics.signal import mel_distance, si_sdr
 from s4audio.models import S4Model, WaveNet
 
@@ -500,6 +501,23 @@ def test_near_copies_are_nearer_to_training_than_one_test_clip_in_a_hundred(monk
     score = runpy.run_path(str(ROOT / "evaluation" / "generators.py"))["score"]
     scores = score(types.SimpleNamespace(evaluate=lambda *folders: found), *map(Path, "abc"))
     assert scores["share_nearer_to_train_than_1_percent_of_test"] == 0.5
+
+
+def test_training_clips_alike_are_those_of_different_recordings(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "evaluation"))
+    script = runpy.run_path(str(ROOT / "evaluation" / "generators.py"))
+    (tmp_path / "in").mkdir()
+    for name, seconds in (("b", 0.25), ("a", 0.1)):
+        soundfile.write(tmp_path / "in" / f"{name}.wav", 0.1 * np.ones(round(8000 * seconds)), 8000)
+    assert script["cut"](str(tmp_path / "in"), tmp_path / "out", 0.1, 8000) == 3
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["00000_000.wav", "00001_000.wav", "00001_001.wav"]
+    at = {"00000_000": 0.0, "00000_001": 0.1, "00001_000": 5.0, "00002_000": 5.4, "00002_001": 9.0}
+    clips = [
+        EmbeddedClip(f"{name}.wav", Path(), 1.0, name, (), torch.full((2, 3), place / 3**0.5)) for name, place in at.items()
+    ]
+    assert script["share_alike"](Folder("", clips), 0.5) == 0.4  # of five, those at 5.0 and 5.4
+    assert script["share_alike"](Folder("", clips), 0.3) == 0
 
 
 def test_what_is_recognized_is_told_of_each_class():
