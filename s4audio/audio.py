@@ -48,6 +48,11 @@ class AudioError(ValueError):
         super().__init__(message)
         self.reason = reason
 
+    @property
+    def passing(self) -> bool:
+        """Whether it may be over at the next try, the file being as it is: the system refused, or another wrote to it."""
+        return self.reason == "changed" or isinstance(self.__cause__, (OSError, MemoryError))
+
 
 def find_audio(path: str | Path) -> list[Path]:
     """The audio files at `path`, a file or a folder searched recursively, sorted by name.

@@ -47,6 +47,9 @@ DEPTHS = ("num_blocks", "num_layers", "num_stacks")  # arguments that count laye
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 PRETRAINED = Path(__file__).parent / "pretrained"  # a folder for each model that comes with the package
 STREAM = "s4audio stream 1"  # what a state file says that it holds
+NUMBERS = (  # what a description of a training may hold, of those that are shown
+    "steps", "wall_seconds", "train_files", "train_seconds", "valid_files", "valid_seconds", "train_images", "valid_images",
+)  # fmt: skip
 TRAINING_DATA = ("train_files", "train_seconds", "sample_rate", "normalize", "clip_seconds", "steps")
 
 
@@ -176,6 +179,9 @@ def read_config(path: str | Path) -> dict[str, Any]:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
         name, arguments, training = config["class"], dict(config["arguments"]), dict(config.get("training", {}))
         unknown = [argument for argument in arguments if argument not in _signature(name)]
+        if odd := [key for key in NUMBERS if not isinstance(training.get(key, 0), int | float)]:
+            raise TypeError(f"training: {odd[0]} is {training[odd[0]]!r}")
+        dict(training.get("scores", {}))
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / CONFIG} is damaged or from another program ({error!r}).") from error
     if unknown:

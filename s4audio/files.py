@@ -1,6 +1,7 @@
 """Files that appear whole or not at all."""
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ def replacing(path: str | Path, durable: bool = False, previous: Path | None = N
         OSError: it cannot be written; `filename` names it, also where the system's error does not.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.new")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")  # of this writer alone
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

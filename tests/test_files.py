@@ -47,3 +47,14 @@ def test_a_real_write_that_does_not_fit_leaves_nothing(tmp_path):
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 1 and "File too large" in run.stderr and os.listdir(tmp_path) == []
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    path = tmp_path / "a.txt"
+    with replacing(path) as first:
+        first.write(b"first")
+        with replacing(path) as second:
+            second.write(b"the second")
+        assert path.read_bytes() == b"the second"
+        first.write(b", whole")
+    assert path.read_bytes() == b"first, whole" and os.listdir(tmp_path) == ["a.txt"]

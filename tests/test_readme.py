@@ -34,12 +34,14 @@ QUICK_IMAGES = "--steps 1 --data.init_args.valid_images 5 --data.init_args.batch
 
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL))
-def test_python_block_of_the_readme_runs(block):
+def test_python_block_of_the_readme_runs(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     names: dict = {}
     exec(compile(block, "README.md", "exec"), names)
     torch.testing.assert_close(names["streamed"], names["again"][0], rtol=0, atol=1e-5)
     assert names["latent"].shape == (1, 16, 1000)
+    assert soundfile.info(tmp_path / "made.wav").frames == 32_000
 
 
 def stream(command: str, monkeypatch) -> int:

@@ -30,14 +30,20 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; `{self.prog} --help` shows what it takes.")
 
 
+def check_cuda() -> None:
+    """Raises: ValueError, if --device cuda cannot be had here."""
+    if not torch.cuda.is_available():
+        raise ValueError("--device is cuda, but torch finds no CUDA device here; leave --device out to use the CPU.")
+
+
 def load_generator(path: str, device: str = "cpu") -> Any:
     """The model of audio in a folder, or the pretrained one of this name.
 
     Raises:
         ValueError: there is none, it makes no sound, or the device is not here.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device is cuda, but torch finds no CUDA device here; leave --device out to use the CPU.")
+    if device == "cuda":
+        check_cuda()
     model = checkpoint.load(path, device)
     if not hasattr(model, "sample"):
         raise ValueError(f"{path} is a {type(model).__name__}, which makes no sound; this needs a model that does.")
@@ -74,10 +80,18 @@ def shipped(name: str) -> Path:
     raise ValueError(f"{name} is not part of this installation of s4audio.")
 
 
+def check_name(name: str) -> None:
+    """Raises: ValueError, if a recipe, which is UTF-8, cannot hold the name."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"the name {name!a} is not UTF-8, as a recipe must be; rename the folder.") from None
+
+
 def check_place(file: Path) -> None:
-    """Raises: ValueError, if no file can be written there."""
-    parent = next(folder for folder in file.absolute().parents if folder.exists())
-    if file.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
+    """Raises: ValueError, if no file can be written there, or what is there is none."""
+    parent = next((folder for folder in file.absolute().parents if folder.exists()), file)
+    if (file.exists() and not file.is_file()) or not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"{file} is no place where a file can be written; choose another.")
 
 

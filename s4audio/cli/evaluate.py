@@ -98,7 +98,9 @@ def embedding(name: str) -> str | Embedding:
     if name == "log_mel":
         return name
     if not checkpoint.located(name).exists():
-        raise ValueError(f"the embedding {name!r} is neither log_mel nor a folder that holds a model.")
+        raise ValueError(
+            f"the embedding {name!r} is neither log_mel, nor a folder that holds a model, nor a pretrained model."
+        )
     return checkpoint.load_embedding(name)
 
 
@@ -123,7 +125,7 @@ def _score(args: argparse.Namespace) -> None:
         print()
         print_table(paired_table(scores["paired"]))
     if "memorization" in scores:
-        print(f"\n{_bound(scores['train_against_reference'])}\n{_memorization(scores['memorization'])}")
+        print(f"\n{_bound(scores)}\n{_memorization(scores['memorization'])}")
     for warning in [*scores["warnings"], *filter(None, [scores.get("fid_infinity_reason")])]:
         print(f"note: {warning}")
     if args.json:
@@ -218,11 +220,13 @@ def verdict(scores: dict[str, Any]) -> str:
     return f"{what} be told from {other} (p = {p:.3f}){though}."
 
 
-def _bound(train: dict[str, Any]) -> str:
+def _bound(scores: dict[str, Any]) -> str:
+    train = scores["train_against_reference"]
     kad = f"KAD {_number(train['kad'])} ({_range(train['kad_interval'])})"
     at_n = train["at_equal_n"]
     fid = f", FID {_number(at_n['fid'])} at {at_n['clips']} clips a side" if at_n else ""
-    return f"the training clips themselves score {kad}{fid}: what is nearer than that was learned by heart, or lucky"
+    nearer = "" if scores["provenance"]["paired"] else ": what is nearer than that was learned by heart, or lucky"
+    return f"the training clips themselves score {kad}{fid}{nearer}"
 
 
 def _memorization(found: dict[str, Any]) -> str:
@@ -343,7 +347,7 @@ def _memorization_section(evaluation: Evaluation) -> Section:
     return Section(
         "Is it a copy?",
         [
-            *(f"{text[0].upper()}{text[1:]}." for text in (_memorization(found), _bound(scores["train_against_reference"]))),
+            *(f"{text[0].upper()}{text[1:]}." for text in (_memorization(found), _bound(scores))),
             "Below, the closest pairs: do you hear a copy?",
         ],
         clips=clips,

@@ -1,9 +1,11 @@
 """`s4audio fit`: trains what a recipe says, and writes a page about what came out."""
 
 import difflib
+import json
 import logging
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,14 +23,13 @@ import torch
 import yaml
 
 from s4audio import checkpoint
-from s4audio.cli.arguments import shipped
+from s4audio.cli.arguments import check_name, shipped
 from s4audio.cli.run_page import PAGE
 from s4audio.files import replacing
 
+FOLDERS = {"--train": "train", "--valid": "valid", "--root": "root"}  # of the data
 SHORT = {
-    "--train": "--data.init_args.train",
-    "--valid": "--data.init_args.valid",
-    "--root": "--data.init_args.root",
+    **{option: f"--data.init_args.{key}" for option, key in FOLDERS.items()},
     "--steps": "--trainer.max_steps",
     "--on-nan": "--model.init_args.on_nan",
 }
@@ -80,7 +81,7 @@ def fit(arguments: list[str]) -> None:
     )
     print(f"\nmodel:    {out / 'best'} ({chosen}) and {out / 'last'}")
     print(f"page:     {out / PAGE}, to open in a browser")
-    print(f"curves:   tensorboard --logdir {out}")
+    print(f"curves:   tensorboard --logdir {shlex.quote(str(out))}")
     print(*closing, sep="\n")
 
 
@@ -112,23 +113,25 @@ def train_run(run: Any, arguments: list[str]) -> bool:
     if not _is_first():
         _take_part(run, out / TRAINER_CHECKPOINT)
         return False
-    print(*kind.announce(run.datamodule), sep="\n")
+    print(*kind.announce(run.datamodule), *_busy(trainer), sep="\n")
     recipe = yaml.safe_load(run.parser.dump(run.config, skip_validation=True))
     resume, steps, stopped_early = _last_checkpoint(out)
     if resume:
         _refuse_another_recipe(recipe, out / "recipe.yaml")
         _refuse_other_data(run.datamodule.describe(), out / "last")
-        print(f"{out} holds a run of {steps} steps; going on from there to {trainer.max_steps}.")
         if stopped_early or 0 <= trainer.max_steps <= steps:
             extended = "It stopped early, when it gained no more" if stopped_early else "A larger --steps extends it"
-            print(f"It is finished; nothing was changed. {extended}.")
+            print(f"{out} holds a run of {steps} steps. It is finished; nothing was changed. {extended}.")
             return not (out / PAGE).exists() or (out / PAGE).stat().st_mtime < resume.stat().st_mtime
+        print(f"{out} holds a run of {steps} steps; going on from there to {trainer.max_steps}.")
         if resume.name != TRAINER_CHECKPOINT:
             resume = resume.replace(out / TRAINER_CHECKPOINT)  # in the place of the damaged one
     elif (out / "recipe.yaml").exists():
         print(f"{out} holds a run that was stopped before its first checkpoint; it begins anew.")
     else:
         refuse_foreign(out)
+    for part in out.rglob(".*.new"):  # what a run that was killed had begun to write
+        part.unlink(missing_ok=True)
     with replacing(out / "recipe.yaml", durable=True) as file:
         file.write(yaml.safe_dump(recipe, sort_keys=False).encode())
     try:
@@ -145,6 +148,16 @@ def train_run(run: Any, arguments: list[str]) -> bool:
             print("\nstopped before anything was saved; the same command begins anew.")
         raise SystemExit(130) from None
     return True
+
+
+def _busy(trainer: Any) -> list[str]:
+    """What to do where other programs keep all cores busy: threads that wait for each other make a training far slower."""
+    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+    if trainer.strategy.root_device.type != "cpu" or torch.get_num_threads() == 1 or load <= cores:
+        return []
+    return [
+        f"note: this machine is busy (load {load:.1f}, {cores} cores); OMP_NUM_THREADS=1 may make this many times faster"
+    ]
 
 
 def _is_first() -> bool:
@@ -225,14 +238,19 @@ def _leave() -> None:
 
 
 def _in_full(arguments: list[str]) -> list[str]:
-    """The arguments with short options spelled out and the recipe's path where it really is.
+    """The arguments with short options spelled out, folders in JSON, and the recipe's path where it really is.
 
     Raises:
-        ValueError: there is no such recipe, or it is no text.
+        ValueError: there is no such recipe, or it is no text; or a folder's name is not UTF-8.
     """
     full: list[str] = []
-    for argument in arguments:
+    waiting = list(reversed(arguments))
+    while waiting:
+        argument = waiting.pop()
         option, equals, value = argument.partition("=")
+        if option in FOLDERS and (equals or (waiting and not waiting[-1].startswith("--"))):
+            full += _folder(FOLDERS[option], value if equals else waiting.pop())
+            continue
         if full and full[-1] in ("--config", "-c"):
             argument = str(recipe_file(argument))
         elif option in ("--config", "-c") and equals:
@@ -241,6 +259,16 @@ def _in_full(arguments: list[str]) -> list[str]:
             argument = SHORT[option] + equals + value
         full.append("--help" if argument == "--help-all" else argument)
     return full
+
+
+def _folder(key: str, name: str) -> list[str]:
+    """The option that gives the data a folder: in JSON, since YAML would take names such as `Bach: Suites` apart.
+
+    Raises:
+        ValueError: the name is not UTF-8.
+    """
+    check_name(name)
+    return ["--data.init_args", json.dumps({key: None if (key, name) == ("valid", "null") else name})]
 
 
 def recipe_file(name: str) -> Path:
@@ -291,10 +319,13 @@ def _recipe_cli(arguments: list[str]) -> Any:
                     raise ValueError(f"{name} is {steps}; wanted at least 1 step.")
             if trainer["num_nodes"] != 1:
                 raise ValueError(f"trainer.num_nodes is {trainer['num_nodes']}; this version trains on one machine.")
-            if 0 < trainer["max_steps"] < (trainer["val_check_interval"] or 0):
-                trainer["val_check_interval"] = trainer["max_steps"]  # a short run is scored too, at its end
+            batches = trainer["max_steps"] * (trainer["accumulate_grad_batches"] or 1)
+            if 0 < batches < (trainer["val_check_interval"] or 0):
+                trainer["val_check_interval"] = batches  # a short run is scored too, at its end
             if trainer["logger"] is not None:
                 raise ValueError("trainer.logger is set; a run always writes TensorBoard files into its folder.")
+            if trainer["fast_dev_run"]:
+                raise ValueError("trainer.fast_dev_run writes no run; to try a recipe out, give --steps 2.")
             try:
                 _name_classes(self.config)
                 self.config_init = self.parser.instantiate(self.config)

@@ -1,5 +1,6 @@
 """What `s4audio fit` checks, says and shows when it trains a generator of audio."""
 
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,10 +92,18 @@ def announce(data: AudioFolder | AudioShards) -> list[str]:
     return [
         f"data: {train}, {held_out}, {len(read['skipped'])} skipped; mono at {read['sample_rate']} Hz",
         f"held out: {', '.join(Path(name).name for name in data.valid_names[:5])}",
+        *_of_the_same(data),
         *(f"skipped: {sentence}" for sentence in read["skipped"]),
         *data.notes,
         *_describe_cache(data),
     ]
+
+
+def _of_the_same(data: AudioFolder | AudioShards) -> list[str]:
+    valid = getattr(data, "valid", None)
+    if valid is None or not isinstance(data, AudioFolder) or Path(valid).resolve() != Path(data.train).resolve():
+        return []
+    return ["note: the held-out recordings are those of the training; the scores say what it can learn by heart, no more"]
 
 
 def _describe_cache(data: AudioFolder | AudioShards) -> list[str]:
@@ -121,11 +130,11 @@ def finish(out: Path, data: AudioFolder | AudioShards, scores: Sequence[Section]
 
 def _listen(model: Path) -> str:
     """What to type to hear a model."""
-    of = checkpoint.MODELS[checkpoint.read_config(model)["class"]]
+    of, folder = checkpoint.MODELS[checkpoint.read_config(model)["class"]], shlex.quote(str(model))
     if not hasattr(of, "sample"):
-        return f"it gives probabilities and makes no sound: s4audio info {model}"
+        return f"it gives probabilities and makes no sound: s4audio info {folder}"
     encodes = hasattr(of, "encode")
-    return f"listen:   s4audio generate {model} --from {'MY_RECORDING.wav' if encodes else 'noise'}"
+    return f"listen:   s4audio generate {folder} --from {'MY_RECORDING.wav' if encodes else 'noise'}"
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """What `s4audio fit` checks, says and shows when it trains a classifier of images read as sequences."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def announce(data: ImageSequences) -> list[str]:
 
 def stopped(out: Path) -> list[str]:
     """What to do with a run that was stopped."""
-    return [f"look at:  s4audio info {out / 'last'}"]
+    return [f"look at:  s4audio info {shlex.quote(str(out / 'last'))}"]
 
 
 def finish(out: Path, data: ImageSequences) -> list[str]:
@@ -95,7 +96,7 @@ def finish(out: Path, data: ImageSequences) -> list[str]:
             ],
         ),
         *([memory_section(model.cpu())] if memories(model.cpu()) else []),
-        Section("What to type next", commands=[("Look inside:", f"s4audio info {out / 'best'}")]),
+        Section("What to type next", commands=[("Look inside:", f"s4audio info {shlex.quote(str(out / 'best'))}")]),
     ]  # fmt: skip
     lead = "A classifier that reads images pixel by pixel, and how well it tells those apart that it was not trained on."
     write_page(out / PAGE, f"The run {out.name}", lead, sections)

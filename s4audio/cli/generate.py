@@ -22,7 +22,7 @@ from s4audio.cli.arguments import Parser, load_generator
 from s4audio.files import replacing
 
 RECORD = "generated.json"  # which model made which file of the folder
-LEVELS = {"none": "their own level", "peak": "a peak of full scale, and its output is brought back to theirs"}
+LEVELS = {"none": "them as loud as they are", "peak": "them at full scale, and its output is as loud as they were"}
 METHODS = {  # of a model -> the option that asks for it
     "sample": "--from noise",
     "vary": "--variation",
@@ -174,8 +174,12 @@ def _options(model: Any, method: str, args: argparse.Namespace) -> dict[str, Any
     taken = set(inspect.signature(getattr(model, method)).parameters)
     taken -= set() if getattr(model, "classes", ()) else {"label", "guidance"}
     if unknown := [option for keyword, option in KEYWORDS.items() if keyword in given and keyword not in taken]:
-        can = ", ".join(option for keyword, option in KEYWORDS.items() if keyword in taken) or "none of its kind"
-        raise ValueError(f"{unknown[0]} is not for {METHODS[method]} of {args.model}, a {name}; it takes {can}.")
+        can = ", ".join(option for keyword, option in KEYWORDS.items() if keyword in taken)
+        without = " without labels" if getattr(model, "classes", None) == () else ""
+        raise ValueError(
+            f"{unknown[0]} does nothing for {METHODS[method]} of {args.model}, a {name}{without}; "
+            + (f"it takes {can}." if can else "leave it out.")
+        )
     if "guidance" in given and "label" not in given:
         raise ValueError("--guidance says how closely to follow a label, and there is no --label.")
     if "label" in given:
@@ -218,9 +222,11 @@ def _from_recordings(
     if method == "vary" and what:
         ending = f"variation_{what:g}"
     title = ending.replace("_", " ")
+    if args.seed and (method != "vary" or what):  # another seed is another clip, beside the first
+        ending += f"_seed_{args.seed}"
     names = [f"{name}_{ending}" for name in _distinct_names(files, Path(args.source))]
     _refuse_overwriting([Path(args.out, f"{name}.wav") for name in names], files)
-    print(f"{len(files)} to read, as mono at {model.sample_rate} Hz; the model hears them at {LEVELS[how]}")
+    print(f"{len(files)} to read, as mono at {model.sample_rate} Hz; the model hears {LEVELS[how]}")
     failures = []
     for index, (file, name) in enumerate(zip(files, names, strict=True)):
         generator = [noise_of(args.seed, index)]
@@ -356,11 +362,13 @@ def noise_of(seed: int, index: int) -> torch.Generator:
 def _distinct_names(files: list[Path], folder: Path) -> list[str]:
     """A name for each file's output: its path inside the folder without extension, with a number where that is taken."""
     names: list[str] = []
+    taken: set[str] = set()
     for file in files:
         own = str((file.relative_to(folder) if file != folder else Path(file.name)).with_suffix(""))
         name, count = own, 1
-        while name.casefold() in (taken.casefold() for taken in names):  # A.wav and a.wav are one file on some systems
+        while name.casefold() in taken:  # A.wav and a.wav are one file on some systems
             count += 1
             name = f"{own}_{count}"
+        taken.add(name.casefold())
         names.append(name)
     return names

@@ -33,6 +33,8 @@ def info(arguments: list[str]) -> None:
         help="where to draw the poles (default: poles.png in the model folder, or here for the name of a pretrained model)",
     )
     args = parser.parse_args(arguments)
+    if args.plot and Path(args.plot).suffix.lower() != ".png":
+        raise ValueError(f"--plot is {args.plot}; the picture is a PNG, so wanted a name that ends in .png.")
     model, config = checkpoint.load(args.model), checkpoint.read_config(args.model)
     print(f"{config['class']} in {args.model}")
     for name, sentence in [*describe(model), *describe_training(config["training"])]:

@@ -60,8 +60,9 @@ def read_curves(out: Path) -> dict[str, tuple[list[int], list[float]]]:
 
 def next_commands(model: Any, path: Path) -> list[tuple[str, str]]:
     """What to do with a model in a folder, and how."""
+    folder = shlex.quote(str(path))
     commands = [
-        ("Look inside:", f"s4audio info {path}"),
+        ("Look inside:", f"s4audio info {folder}"),
         ("Train on recordings of your own:",
             "s4audio train MY_RECORDINGS --minutes 10"),
     ]  # fmt: skip
@@ -69,15 +70,15 @@ def next_commands(model: Any, path: Path) -> list[tuple[str, str]]:
         return commands
     if not hasattr(model, "encode"):
         wanted = f" --label {shlex.quote(model.classes[0])}" if getattr(model, "classes", ()) else ""
-        return [("Make sound from noise:", f"s4audio generate {path} --from noise{wanted}"), *commands]
+        return [("Make sound from noise:", f"s4audio generate {folder} --from noise{wanted}"), *commands]
     commands = [
-        ("Hear a recording with noise in its latent:", f"s4audio generate {path} --from MY_RECORDING.wav --variation 0.1"),
+        ("Hear a recording with noise in its latent:", f"s4audio generate {folder} --from MY_RECORDING.wav --variation 0.1"),
         ("Score what it makes of recordings:",
-            f"s4audio generate {path} --from MY_RECORDINGS --out reconstructed\n"
+            f"s4audio generate {folder} --from MY_RECORDINGS --out reconstructed\n"
             f"s4audio evaluate reconstructed MY_RECORDINGS --sample-rate {model.sample_rate} --paired --report score"),
         *commands,
     ]  # fmt: skip
     if streams(model):
-        streamed = f"s4audio reconstruct {path} MY_RECORDING.wav out.wav"
+        streamed = f"s4audio reconstruct {folder} MY_RECORDING.wav out.wav"
         commands.insert(0, ("Send a recording of any length through it:", streamed))
     return commands

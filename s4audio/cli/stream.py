@@ -2,9 +2,11 @@
 
 import argparse
 import math
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -79,6 +81,7 @@ def stream(arguments: list[str]) -> None:
         f"{delay - hop + 1} for blocks of {args.block}"
     )
     meter, gain, clipped = Meter(rate), 10 ** (args.gain / 20), 0
+    before = signal.signal(signal.SIGTERM, _terminated)
     try:
         for audio in read_samples(sys.stdin.buffer.read1, args.format, args.block):  # type: ignore[union-attr]
             began = time.monotonic()
@@ -88,7 +91,8 @@ def stream(arguments: list[str]) -> None:
             state = after
         if not args.save_state:
             clipped += _write(finish_stream(model, state) / gain, args.format)
-    finally:  # Ctrl-C and a reader that has gone away too: the state is that after the last block that went out
+    finally:  # Ctrl-C, SIGTERM, a reader that has gone away too: the state is that after the last block that went out
+        signal.signal(signal.SIGTERM, before)
         if args.save_state:
             checkpoint.save_state(state, args.save_state, sha256)
             _say(f"the state is in {args.save_state}")
@@ -97,6 +101,11 @@ def stream(arguments: list[str]) -> None:
             _say(_level(meter.peak, args.gain, training.get("normalize") == "peak"))
         if clipped:
             _say(f"{clipped} samples beyond full scale were clipped")
+
+
+def _terminated(number: int, frame: Any) -> NoReturn:
+    """What a service manager asks for: the end, after the state is saved; with the status that a shell gives it."""
+    sys.exit(128 + number)
 
 
 def read_samples(read: Callable[[int], bytes], sample_format: str, num_samples: int) -> Iterator[Tensor]:

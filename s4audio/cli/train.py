@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import math
+import shlex
 import shutil
 import sys
 import tempfile
@@ -18,9 +19,9 @@ import yaml
 from torch import Tensor
 
 from s4audio import checkpoint
-from s4audio.audio import write_audio
+from s4audio.audio import find_audio, write_audio
 from s4audio.cli import fit_audio
-from s4audio.cli.arguments import Parser, load_generator
+from s4audio.cli.arguments import Parser, check_cuda, check_name, load_generator
 from s4audio.cli.check import report_folder
 from s4audio.cli.evaluate import evaluate, paired_table, score_table, verdict
 from s4audio.cli.fit import CHECK, holds_a_checkpoint, read_recipe, recipe_file, refuse_foreign, train_run
@@ -64,8 +65,12 @@ def train(arguments: list[str]) -> None:
     parser.add_argument("--on-nan", choices=["stop", "skip"], help="what a loss that is no number does (default stop)")
     args = parser.parse_args(arguments)
     began = time.monotonic()
+    for name in filter(None, (args.folder, args.valid, args.out)):
+        check_name(name)
     if args.minutes is not None and not 0.5 <= args.minutes < math.inf:
         raise ValueError(f"--minutes is {args.minutes:g}; wanted half a minute or more.")
+    if args.device == "cuda":
+        check_cuda()
     if args.steps is not None and args.steps < 1:
         raise ValueError(f"--steps is {args.steps}; wanted at least 1.")
     out = Path(args.out or Path("runs") / Path(args.folder).resolve().stem)
@@ -76,6 +81,8 @@ def train(arguments: list[str]) -> None:
         refuse_foreign(out)
         if args.valid and Path(args.valid).resolve() in (out.resolve(), *out.resolve().parents):
             raise ValueError(f"{out} is inside {args.valid}, where nothing is written; choose another folder with --out.")
+        if args.valid:
+            find_audio(args.valid)  # refuses a wrong one now, before the recordings are read
         options = _of_a_new_run(out, args)
         report_folder(args.folder, out / CHECK)
         run = read_recipe(options)
@@ -89,25 +96,26 @@ def train(arguments: list[str]) -> None:
     print(f"\nmodel:    {out / 'best'} (step {best['steps']}, best on what was held out) and {out / 'last'}")
     print(f"sounds:   {out / 'sounds'}, from noise and of what was held out")
     print(f"page:     {out / PAGE}, to open in a browser: sounds, scores, curves")
+    best_model = shlex.quote(str(out / "best"))
     if not hasattr(run.model.model, "sample"):
-        print(f"next:     s4audio info {out / 'best'}")
+        print(f"next:     s4audio info {best_model}")
         return
     varies = hasattr(run.model.model, "vary")
-    print(f"next:     s4audio generate {out / 'best'} --from {'MY_RECORDING.wav --variation 0.1' if varies else 'noise'}")
+    print(f"next:     s4audio generate {best_model} --from {'MY_RECORDING.wav --variation 0.1' if varies else 'noise'}")
 
 
 def _of_a_new_run(out: Path, args: argparse.Namespace) -> list[str]:
     """The options of `fit`."""
     recipe = args.recipe or ("autoencoder_16k" if torch.cuda.is_available() and args.device != "cpu" else "demo")
     file = recipe_file(recipe if recipe.endswith((".yaml", ".yml")) else f"recipes/{recipe}.yaml")
-    contents = yaml.safe_load(file.read_text(encoding="utf-8"))
+    contents = _read_yaml(file)
     try:
         contents["data"]["init_args"]["sample_rate"], contents["model"]["init_args"]["model"]["class_path"]
     except (TypeError, KeyError) as error:
         raise ValueError(f"{recipe} does not train on a folder of recordings; choose another --recipe.") from error
     print(f"recipe:   {file.stem}" + ("" if args.recipe else ", since none was named"))
     trains = contents["model"]["init_args"]["model"]["class_path"].rpartition(".")[2]
-    options = ["--config", str(file), "--train", str(Path(args.folder).absolute()), "--out", str(out)]
+    options = ["--config", str(file), "--train", str(Path(args.folder).absolute()), f"--out={out}"]
     # Without --valid not the folder that the recipe names, which is that of its own data.
     options += ["--valid", str(Path(args.valid).absolute()) if args.valid else "null", *_given("--on-nan", args.on_nan)]
     options += _given("--trainer.accelerator", args.device)
@@ -128,6 +136,15 @@ def _of_a_new_run(out: Path, args: argparse.Namespace) -> list[str]:
     return options
 
 
+def _read_yaml(file: Path) -> Any:
+    """Raises: ValueError, if it is none."""
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        raise ValueError(f"{file} is no YAML" + (f", from line {where.line + 1} on" if where else "") + ".") from error
+
+
 def _for_a_recipe(described: dict[str, Any]) -> dict[str, Any]:
     """A model, and those among its arguments, from config.json's words in a recipe's."""
     arguments = {
@@ -142,7 +159,7 @@ def _of_the_run(out: Path, args: argparse.Namespace) -> list[str]:
     Raises:
         ValueError: it was another run.
     """
-    recipe = yaml.safe_load((out / RECIPE).read_text())
+    recipe = _read_yaml(out / RECIPE)
     try:
         began, planned = recipe["data"]["init_args"], recipe["trainer"]["max_steps"]
         began_with = {"folder": began["train"], "--valid": began.get("valid"), "--from-model": recipe.get("from_model")}
@@ -153,7 +170,7 @@ def _of_the_run(out: Path, args: argparse.Namespace) -> list[str]:
         if given is not None and (before is None or Path(before).resolve() != Path(given).resolve()):
             told = f"began with {what} {before}" if before else f"began without {what}"
             raise ValueError(f"the run in {out} {told}; choose a new folder with --out for {given}.")
-    options = ["--config", str(out / RECIPE), "--out", str(out), *_given("--on-nan", args.on_nan)]
+    options = ["--config", str(out / RECIPE), f"--out={out}", *_given("--on-nan", args.on_nan)]
     options += _given("--trainer.accelerator", args.device)
     if args.minutes is not None:
         print(f"{out} was planned for {planned} steps, which stays; --steps extends it.")
@@ -272,7 +289,7 @@ def _make_sounds(out: Path, data: Any) -> None:
         print(f"\n{what}")
         try:
             evaluate([str(sounds / folder), str(sounds / "held_out"), "--json", str(out / file), *paired])
-        except ValueError as error:  # too few or too short
+        except (ValueError, RuntimeError) as error:  # too few, too short, or nothing here that reckons mel bands
             print(f"not scored: {error}")
 
 

@@ -108,7 +108,12 @@ class AudioFolder(lightning.LightningDataModule):
             train, valid = split_files(train, self.valid_fraction, self.seed)
         elif valid is None:
             ((name, audio),) = train.items()
-            kept = max(1, round((1 - self.valid_fraction) * audio.shape[-1]))
+            kept = round((1 - self.valid_fraction) * audio.shape[-1])
+            if min(kept, audio.shape[-1] - kept) < SHORTEST_SECONDS * self.sample_rate:
+                raise ValueError(
+                    f"{name} is the only recording, {audio.shape[-1] / self.sample_rate:.2f} s, and valid_fraction "
+                    f"{self.valid_fraction:g} leaves less than {SHORTEST_SECONDS} s of it to train on or to hold out."
+                )
             train, valid = {name: audio[..., :kept]}, {f"the end of {name}": audio[..., kept:]}
         self.train_clips, self.valid_clips = list(train.values()), list(valid.values())
         self.train_names, self.valid_names = list(train), list(valid)

@@ -163,7 +163,8 @@ def _update(
             recording = read(file)
             return name, entry._replace(fingerprint=recording.fingerprint), recording.audio
         except AudioError as error:
-            return name, entry._replace(skipped=str(error).replace(str(file), "\0")), None
+            known_as = None if error.passing else sha256  # what the content does not decide is asked again
+            return name, entry._replace(sha256=known_as, skipped=str(error).replace(str(file), "\0")), None
 
     def decoded() -> Iterator[tuple[str, Entry, Tensor]]:
         for name, entry, audio in progress(_in_order(examine, new), len(new)):

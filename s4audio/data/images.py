@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SPLITS = ("train", "test")
 ORIGINAL = "cifar-10-batches-py"  # the folder inside the archive of CIFAR-10's authors
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -96,8 +95,10 @@ class ImageSequences(lightning.LightningDataModule):
             raise ImageError(f"fraction {self.fraction} of {len(rest)} training images is none; take a larger share.")
         self.sets = {"train": _pick(train, rest[chosen]), "valid": _pick(train, held_out)}
         self.sets["test"] = read_images(self.root, "test", self.size)
-        if self.sets["test"].classes != train.classes:
-            raise ImageError(f"the classes of the test images in {self.root} are not those of the training images.")
+        if odd := set(self.sets["test"].classes) ^ set(train.classes):
+            raise ImageError(
+                f"the test images in {self.root} have other classes than the training images: only one has {min(odd)}."
+            )
 
     @property
     def channels(self) -> int:
@@ -285,7 +286,7 @@ def _read_container(file: Path) -> Images:
 
 
 def _read_folder(folder: Path) -> Images:
-    classes = sorted(path for path in folder.iterdir() if path.is_dir())
+    classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     files = [
         (file, label)
         for label, path in enumerate(classes)

@@ -240,6 +240,7 @@ class Progress(lightning.Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, task: Any) -> None:
         self.started = self.last_line = time.monotonic()
+        self.silent = True  # the first step is told as soon as it is done
         self.done, self.validating, self.first_step = 0.0, 0.0, trainer.global_step
         self.parts, self.skipped = task.parts, task.skipped
         if self.console.is_terminal:
@@ -256,7 +257,8 @@ class Progress(lightning.Callback):
         now = time.monotonic()
         if self.bar is not None:
             self.bar.update(self.row, completed=trainer.global_step, text=self._text(trainer))
-        elif trainer.global_step == self.first_step + 1 or now - self.last_line >= self.every_seconds:
+        elif (self.silent and trainer.global_step > self.first_step) or now - self.last_line >= self.every_seconds:
+            self.silent = False
             self._print_line(trainer)
 
     def _tell(self, step: int, task: Any) -> None:

@@ -1,6 +1,7 @@
 """`s4audio evaluate`: the table, the JSON, the page, comparisons and refusals."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,7 @@ def test_page_with_everything(folders, tmp_path, capsys):
     assert main(["evaluate", made, real, "--train", str(folders["far"]), "--paired", "--report", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "10 pairs" in said and "copies? " in said and "the training clips themselves score KAD" in said
+    assert "by heart, or lucky" not in said  # what is paired is near
     page = (tmp_path / "report.html").read_text()
     assert page.count("<audio") == 10  # nearest, most typical, farthest and their originals; two pairs
     for words in (
@@ -177,7 +179,7 @@ def test_wrong_input_is_a_sentence_and_no_number(folders, model, tmp_path, capsy
         ([str(tmp_path / "missing"), real], "does not exist"),
         ([str(other_rate), real], "2 sample rates"),
         ([str(hole), real], "not finite numbers"),
-        ([made, real, "--embedding", "vggish"], "neither log_mel nor a folder that holds a model"),
+        ([made, real, "--embedding", "vggish"], "neither log_mel, nor a folder that holds a model, nor a pretrained model"),
         ([made, real, "--embedding", str(one)], "is not a model"),
         ([made, real, "--seed", "-1"], "seed"),
         ([made, real, "--report", str(one / "a.wav")], "is no place where a file can be written"),
@@ -191,7 +193,10 @@ def test_wrong_input_is_a_sentence_and_no_number(folders, model, tmp_path, capsy
         place = [] if "--compare" in arguments else ["--json", str(out)]
         assert message in refused(capsys, "evaluate", *arguments, *place), arguments
     assert not out.exists()
-    assert "is no place" in refused(capsys, "evaluate", made, real, "--json", str(tmp_path))
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path, tmp_path / "pipe", "/"):
+        assert "is no place" in refused(capsys, "evaluate", made, real, "--json", str(place))
+    assert (tmp_path / "pipe").is_fifo()
 
 
 @pytest.mark.parametrize(("kad", "within"), [(0.5, True), (2.0, False)])

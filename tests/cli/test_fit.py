@@ -105,6 +105,16 @@ class Interrupt(lightning.Callback):
 
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.usefixtures("no_pictures")
+def test_with_accumulated_gradients_steps_are_told_once_and_scored_when_asked(folder, tmp_path, capsys):
+    options = ["--trainer.accumulate_grad_batches", "4", "--trainer.val_check_interval"]
+    assert fit(folder, tmp_path / "run", "--steps", "10", *options, "20") == 0
+    told = capsys.readouterr().out
+    assert re.findall(r"step (\d+): held out", told) == ["5", "10"] and told.count("step 1 of 10:") == 1
+    assert fit(folder, tmp_path / "short", "--steps", "2", *options, "20") == 0
+    assert re.findall(r"step (\d+): held out", capsys.readouterr().out) == ["2"]
+
+
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_ctrl_c_saves_and_the_same_command_goes_on_as_if_nothing_had_been(
     folder, tmp_path, monkeypatch, capsys, accumulated
@@ -241,6 +251,7 @@ def test_wrong_recipes_end_in_a_sentence_and_status_2(capsys, folder, tmp_path):
         lambda recipe: recipe["trainer"].update(val_check_interval=0)
     )
     assert "latent_channels 0 and channels 1 must all be at least 1" in with_change(set_model("latent_channels", 0))
+    assert "trainer.fast_dev_run writes no run" in with_change(lambda recipe: recipe["trainer"].update(fast_dev_run=True))
     assert "trainer.logger is set" in with_change(lambda recipe: recipe["trainer"].update(logger=False))
     assert "have 1 (mono)" in with_change(set_model("channels", 2))
     classifier = {"class_path": "s4audio.S4Model", "init_args": {"d_input": 1, "num_classes": 2}}

@@ -58,13 +58,26 @@ def test_recordings_are_reconstructed_or_varied(model, folder, tmp_path):
     assert len(same) == 8000  # 2 s at the model's 4,000 Hz
     assert 0 < np.abs(near - same).mean() < np.abs(far - same).mean()
     assert (tmp_path / "same" / "tone0_reconstructed.png").stat().st_size > 10_000
+    for variation, name in (("0", "tone0_reconstructed.wav"), ("0.1", "tone0_variation_0.1_seed_7.wav")):
+        one = [
+            "--from",
+            str(folder / "tone0.wav"),
+            "--variation",
+            variation,
+            "--seed",
+            "7",
+            "--out",
+            str(tmp_path / "seven"),
+        ]
+        assert main(["generate", str(model), *one]) == 0
+        assert (tmp_path / "seven" / name).exists()
 
 
 def test_recordings_come_at_the_level_of_training_unless_told(model, folder, tmp_path, capsys):
     for out, options in (("trained", []), ("peak", ["--normalize", "peak"]), ("none", ["--normalize", "none"])):
         arguments = ["generate", str(model), "--from", str(folder / "tone0.wav"), "--out", str(tmp_path / out)]
         assert main([*arguments, *options]) == 0
-        assert ("hears them at their own level" in capsys.readouterr().out) == (out == "none")
+        assert ("hears them as loud as they are" in capsys.readouterr().out) == (out == "none")
     trained, peak, none = (wav(tmp_path / out / "tone0_reconstructed.wav") for out in ("trained", "peak", "none"))
     assert np.array_equal(trained, peak) and not np.array_equal(peak, none)
     original, _ = read_audio(folder / "tone0.wav", 4000)

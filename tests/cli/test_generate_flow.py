@@ -137,7 +137,7 @@ def test_an_interpolation_goes_from_one_recording_to_the_other(raw, folder, tmp_
         ("--interpolate TONE FOLDER", "--interpolate takes two recordings"),
         ("--interpolate TONE TONE --seconds 3", "--num and --seconds are for --from noise"),
         ("--interpolate TONE TONE --num 1", "num is 1; wanted at least 2"),
-        ("--interpolate TONE TONE --guidance 2", "--guidance is not for --interpolate"),
+        ("--interpolate TONE TONE --guidance 2", "--guidance does nothing for --interpolate"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_sentence(raw, folder, tmp_path, capsys, options, message):
@@ -151,11 +151,11 @@ def test_a_model_says_what_it_can_do_instead(model, latent, folder, tmp_path, ca
     for path, options, message in (
         (model, ("--from", tone, "--inpaint", "1:2"), "cannot do --inpaint; it can do --from noise, --variation."),
         (model, ("--interpolate", tone, tone), "cannot do --interpolate; it can do --from noise, --variation."),
-        (model, ("--from", "noise", "--steps", "4"), "--steps is not for --from noise of"),
-        (model, ("--from", "noise", "--label", "two"), "a CausalAutoencoder; it takes none of its kind."),
-        (latent, ("--from", "noise", "--label", "two"), "a Flow; it takes --steps."),
-        (latent, ("--from", "noise", "--guidance", "2"), "--guidance is not for --from noise of"),
-        (latent, ("--from", tone, "--top-p", "0.9"), "--top-p is not for --variation of"),
+        (model, ("--from", "noise", "--steps", "4"), "--steps does nothing for --from noise of"),
+        (model, ("--from", "noise", "--label", "two"), "a CausalAutoencoder; leave it out."),
+        (latent, ("--from", "noise", "--label", "two"), "a Flow without labels; it takes --steps."),
+        (latent, ("--from", "noise", "--guidance", "2"), "a Flow without labels; it takes --steps."),
+        (latent, ("--from", tone, "--top-p", "0.9"), "--top-p does nothing for --variation of"),
     ):
         assert message in refused(capsys, "generate", str(path), "--out", str(tmp_path / "out"), *options)
     assert not (tmp_path / "out").exists()

@@ -1,5 +1,6 @@
 """What a model is and remembers, in words and as a picture."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,16 @@ def test_every_kind_of_model_has_a_description(capsys, tmp_path):
     told = capsys.readouterr().out
     assert "times in samples: this model has no sample rate" in told and "S4 " in told
     assert (tmp_path / "b" / "poles.png").exists()  # beside the model unless told
+
+
+def test_a_picture_of_another_kind_and_a_torn_record_are_refused(model, capsys, tmp_path):
+    assert "wanted a name that ends in .png" in refused(capsys, "info", str(model), "--plot", str(tmp_path / "plot.pdf"))
+    for torn in ({"steps": None}, {"train_seconds": "long"}, {"scores": None}):
+        save(S4DAutoencoder(3000), tmp_path / "torn", training={"steps": 5})
+        config = json.loads((tmp_path / "torn" / "config.json").read_text())
+        config["training"].update(torn)
+        (tmp_path / "torn" / "config.json").write_text(json.dumps(config))
+        assert "is damaged or from another program" in refused(capsys, "info", str(tmp_path / "torn"))
 
 
 def test_each_layer_is_measured_at_its_own_rate():

@@ -179,7 +179,7 @@ def test_a_stream_goes_on_bit_for_bit_in_another_process(through, model, tmp_pat
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals and pipes of Unix")
-@pytest.mark.parametrize("how", ["Ctrl-C", pytest.param("reader gone", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM", pytest.param("reader gone", marks=pytest.mark.slow)])
 def test_a_stream_that_is_stopped_saves_its_state(through, model, tmp_path, how):
     samples, state = sound(1500), str(tmp_path / "state")
     data, options = samples.tobytes(), ["--format", "f32", "--block", "100"]
@@ -189,13 +189,13 @@ def test_a_stream_that_is_stopped_saves_its_state(through, model, tmp_path, how)
         while len(first) < 4000:  # 1,000 samples are 125 frames of 8
             first += process.stdout.read(4000)
         time.sleep(0.3)
-        if how == "Ctrl-C":
-            process.send_signal(signal.SIGINT)
+        if how != "reader gone":
+            process.send_signal(signal.SIGINT if how == "Ctrl-C" else signal.SIGTERM)
         else:
             process.stdout.close()
             process.stdin.write(data[4000:4400])
         error = process.stderr.read().decode()
-    assert process.returncode == (130 if how == "Ctrl-C" else 1)
+    assert process.returncode == {"Ctrl-C": 130, "SIGTERM": 143, "reader gone": 1}[how]
     assert ("stopped; no file is half-written" in error) == (how == "Ctrl-C")
     assert f"the state is in {state}" in error and "Traceback" not in error and "Exception" not in error
     second, told = through(samples[1000:], *options, "--load-state", state)

@@ -181,8 +181,58 @@ def test_two_at_once_on_one_folder_both_finish(folder, tmp_path):
     assert torch.equal(weights(tmp_path / "a" / "last"), weights(tmp_path / "b" / "last"))
 
 
+@pytest.mark.parametrize("name", ["Bach: Suites", "[x]", "null", "12"])
+def test_a_folder_may_have_any_name(folder, tmp_path, name, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "_make_sounds", lambda *_: None)
+    Path(name).mkdir()
+    for number in range(2):
+        noise = 0.1 * np.random.default_rng(number).standard_normal(8000)
+        soundfile.write(Path(name) / f"{number}.wav", noise, 8000)
+    for given in ("train", "held"):
+        (tmp_path / given).mkdir()
+        options = ["--valid", name] if given == "held" else []
+        assert (
+            main(["train", str(folder) if options else name, "--steps", "1", "--out", f"{given}/a run", *QUICK, *options])
+            == 0
+        )
+        recipe = yaml.safe_load((tmp_path / given / "a run" / "recipe.yaml").read_text())["data"]["init_args"]
+        assert Path(recipe["valid" if options else "train"]).name == name
+        assert f"next:     s4audio generate '{given}/a run/best' --from" in capsys.readouterr().out
+
+
+def test_held_out_recordings_of_the_training_are_named(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "_make_sounds", lambda *_: None)
+    for valid, noted in ((folder, True), (None, False)):
+        options = ["--valid", str(valid)] if valid else []
+        assert train(folder, tmp_path / str(noted), "--steps", "1", *options) == 0
+        assert ("the held-out recordings are those of the training" in capsys.readouterr().out) == noted
+
+
+def test_a_busy_machine_is_said(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "_make_sounds", lambda *_: None)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    for load, noted in ((3.1, True), (1.9, False)):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        assert train(folder, tmp_path / str(noted), "--steps", "1") == 0
+        assert ("busy (load 3.1, 2 cores); OMP_NUM_THREADS=1" in capsys.readouterr().out) == noted
+
+
+def test_what_cannot_be_scored_here_is_said_and_the_page_is_written(folder, tmp_path, monkeypatch, capsys):
+    def without_torchaudio(arguments):
+        raise RuntimeError("mel filters need torchaudio")
+
+    monkeypatch.setattr(module, "evaluate", without_torchaudio)
+    assert train(folder, tmp_path / "run", "--steps", "1") == 0
+    assert capsys.readouterr().out.count("not scored: mel filters need torchaudio") == 2
+    assert (tmp_path / "run" / "report.html").exists()
+
+
 def test_wrong_input_is_a_sentence_and_leaves_nothing(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    torn = tmp_path.parent / "torn.yaml"
+    torn.write_text("model: {\nx: }]")
     for options, sentence in (
         (["nowhere"], "nowhere does not exist"),
         ([str(folder), "--minutes", "0"], "--minutes is 0; wanted half a minute or more"),
@@ -191,6 +241,10 @@ def test_wrong_input_is_a_sentence_and_leaves_nothing(folder, tmp_path, capsys, 
         ([str(folder), "--recipe", "nothing"], "nothing.yaml does not exist"),
         ([str(folder), "--recipe", "scifar_quick"], "does not train on a folder of recordings"),
         ([str(folder), "--out", str(folder / "run")], "is inside"),
+        ([str(folder), "--recipe", str(torn)], "torn.yaml is no YAML, from line 2 on."),
+        ([str(folder), "--valid", "nothere"], "nothere does not exist"),
+        ([str(folder), "--device", "cuda"], "--device is cuda, but torch finds no CUDA device here"),
+        (["caf\udce9"], r"the name 'caf\udce9' is not UTF-8"),
     ):
         assert sentence in refused(capsys, "train", *options)
     assert list(tmp_path.iterdir()) == [] or sorted(os.listdir()) == ["runs"]

@@ -227,6 +227,18 @@ def test_files_without_a_class_and_classes_without_training_are_refused(labelled
         AudioFolder(str(labelled / "1.wav"), 1000, labels="folder").setup()
 
 
+@pytest.mark.parametrize("share", [1e-5, 1 - 1e-5])
+def test_the_only_recording_must_be_long_enough_to_be_shared(tmp_path, share):
+    soundfile.write(tmp_path / "one.wav", 0.1 * np.ones(2000), 1000)
+    with pytest.raises(
+        ValueError, match=r"one.wav is the only recording, 2.00 s, and valid_fraction .* leaves less than 0.01"
+    ):
+        AudioFolder(str(tmp_path), 1000, valid_fraction=share).setup()
+    data = AudioFolder(str(tmp_path), 1000, valid_fraction=0.005)
+    data.setup()
+    assert [clip.shape[-1] for clip in (*data.train_clips, *data.valid_clips)] == [1990, 10]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

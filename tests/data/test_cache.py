@@ -480,3 +480,23 @@ def test_a_file_of_known_content_at_another_time_is_looked_at_once(place, settle
     monkeypatch.setattr(cache, "_digest", looked_at.append)
     place.read()
     assert looked_at == []
+
+
+@pytest.mark.parametrize(
+    "cause", [OSError(errno.EMFILE, "Too many open files"), MemoryError(), None], ids=["files", "memory", "changed"]
+)
+def test_what_may_be_over_at_the_next_try_is_tried_again(tmp_path, cause):
+    place, once = Place(tmp_path), ["3.wav"]
+
+    class Shaky(Reader):
+        def __call__(self, file: Path) -> Recording:
+            if file.name in once:
+                once.remove(file.name)
+                raise AudioError(f"{file} is busy.", "unreadable" if cause else "changed") from cause
+            return super().__call__(file)
+
+    first = place.read(Shaky())[0]
+    assert any(isinstance(found, str) and found.endswith("sub1/3.wav is busy.") for found in first)
+    again, *_, asked = place.read(Shaky())
+    assert asked == ["3.wav"] and same(again, place.truth())
+    assert place.read()[-1] == []  # what the content decides, that of a broken and of a silent file, is asked once

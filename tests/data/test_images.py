@@ -58,6 +58,16 @@ def test_a_folder_of_images_becomes_sequences_of_pixels(root):
     assert images.pixels[:, 0, 0].tolist() == [0, 1, 2] * 2 and images.pixels[4, :, 9].tolist() == [200, 50, 100]
 
 
+def test_hidden_folders_are_no_classes_and_an_odd_class_is_named(root):
+    (root / "train" / ".ipynb_checkpoints").mkdir()
+    data = ImageSequences(str(root), SIZE, valid_images=4)
+    data.setup()
+    assert data.sets["train"].classes == CLASSES
+    (root / "test" / "other").mkdir()
+    with pytest.raises(ImageError, match="have other classes than the training images: only one has other"):
+        ImageSequences(str(root), SIZE, valid_images=4).setup()
+
+
 def test_a_container_holds_the_same_images(tmp_path):
     make_container(tmp_path / "train.npz", [0, 1, 1])
     images = read_images(tmp_path, "train", SIZE)
