@@ -38,6 +38,7 @@ LIBROSA = threading.Lock()  # one thread at a time, since warnings are switched 
 PCM_FORMATS = {"s16": "<i2", "f32": "<f4"}  # of raw samples, in numpy's words
 RESAMPLER = "soxr, high quality"
 WAV_HEADER = struct.Struct("<4sI4s4sIHHIIHH4sI")  # RIFF, fmt and data, for PCM
+OPEN_LENGTH = 2**31 - 2**16  # of a WAV file's samples: programs that do not know it write 2^31 or 2^32, less a little
 WAV_BYTES = 2**32 - WAV_HEADER.size  # of samples that the header can say
 
 
@@ -167,6 +168,21 @@ def read_blocks(
         rest = resampler.resample_chunk(np.zeros((0, audio.shape[0]), dtype=np.float32), last=True)
         missing = _resampled_length(read, rate, target) - given
         yield torch.nn.functional.pad(torch.from_numpy(rest.T.copy()), (0, missing - len(rest)))
+
+
+def missing_bytes(path: str | Path) -> int:
+    """How many bytes of samples the header of a WAV file promises beyond the end of the file.
+
+    0 for files of other kinds, and where the header leaves the length open, as what is written into a pipe does.
+    """
+    with open(path, "rb") as file:
+        riff, _, wave = struct.unpack("<4sI4s", file.read(12).ljust(12, b"\0"))
+        while (riff, wave) == (b"RIFF", b"WAVE") and len(head := file.read(8)) == 8:
+            name, length = struct.unpack("<4sI", head)
+            if name == b"data":
+                return 0 if length >= OPEN_LENGTH else max(0, file.tell() + length - os.fstat(file.fileno()).st_size)
+            file.seek(length + length % 2, os.SEEK_CUR)
+    return 0
 
 
 def open_audio(path: str | Path, block_seconds: float = BLOCK_SECONDS) -> tuple[Iterator[Tensor], int]:

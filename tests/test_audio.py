@@ -22,6 +22,7 @@ from s4audio.audio import (
     find_audio,
     from_pcm,
     list_folder,
+    missing_bytes,
     normalize,
     quantize,
     read_audio,
@@ -368,3 +369,16 @@ def test_a_quantization_that_does_not_exist_is_refused():
             function(value, 256, "a_law")
         with pytest.raises(ValueError, match="num_levels is 255; wanted an even number of at least 4"):
             function(value, 255)
+
+
+@pytest.mark.parametrize(
+    ("length", "missing"),
+    [(100, 0), (90, 0), (101, 1), (2**31 - 2**16 - 1, 2**31 - 2**16 - 101), (2**31 - 2**16, 0), (2**32 - 1, 0)],
+)
+def test_a_header_that_promises_more_is_told_from_one_that_leaves_it_open(tmp_path, length, missing):
+    chunks = b"LIST" + (3).to_bytes(4, "little") + b"abc\0" + b"data" + length.to_bytes(4, "little") + bytes(100)
+    (tmp_path / "a.wav").write_bytes(b"RIFF" + bytes(4) + b"WAVE" + chunks)
+    assert missing_bytes(tmp_path / "a.wav") == missing
+    for other in (b"", b"RIFF", b"RIFF\0\0\0\0WAVE", b"RIFX" + bytes(4) + b"WAVE" + chunks, b"RIFF\0\0\0\0WAVEdata"):
+        (tmp_path / "b.wav").write_bytes(other)
+        assert missing_bytes(tmp_path / "b.wav") == 0

@@ -90,8 +90,8 @@ def train(arguments: list[str]) -> None:
             options += _planned(options, 60 * args.minutes - (time.monotonic() - began))
             run = read_recipe(options)
     if train_run(run, options) or not (out / "sounds").exists():
-        _make_sounds(out, run.datamodule)
-        fit_audio.finish(out, run.datamodule, _scores(out))
+        not_scored = _make_sounds(out, run.datamodule)
+        fit_audio.finish(out, run.datamodule, _scores(out, not_scored))
     best = checkpoint.read_config(out / "best")["training"]
     print(f"\nmodel:    {out / 'best'} (step {best['steps']}, best on what was held out) and {out / 'last'}")
     print(f"sounds:   {out / 'sounds'}, from noise and of what was held out")
@@ -257,8 +257,13 @@ def _planned(options: list[str], seconds: float) -> list[str]:
     return _length(steps, batches, validations)
 
 
-def _make_sounds(out: Path, data: Any) -> None:
-    """Writes OUT/sounds: held-out recordings, what the model makes of them, and of noise; and the scores of both."""
+def _make_sounds(out: Path, data: Any) -> dict[str, str]:
+    """Writes OUT/sounds: held-out recordings, what the model makes of them, and of noise; and the scores of both.
+
+    Returns:
+        Of what could not be scored, by its file of scores, why.
+    """
+    not_scored = {}
     model, sounds, rate = str(out / "best"), out / "sounds", data.sample_rate
     for made in ("held_out", "varied", *SCORED):
         shutil.rmtree(sounds / made, ignore_errors=True)
@@ -291,6 +296,8 @@ def _make_sounds(out: Path, data: Any) -> None:
             evaluate([str(sounds / folder), str(sounds / "held_out"), "--json", str(out / file), *paired])
         except (ValueError, RuntimeError) as error:  # too few, too short, or nothing here that reckons mel bands
             print(f"not scored: {error}")
+            not_scored[file] = str(error)
+    return not_scored
 
 
 def _held_out(data: Any) -> list[tuple[str, Tensor]]:
@@ -305,12 +312,14 @@ def _held_out(data: Any) -> list[tuple[str, Tensor]]:
     return [clips[index * len(clips) // number] for index in range(number)]
 
 
-def _scores(out: Path) -> list[Section]:
-    """For the page: what the scores say that there are."""
+def _scores(out: Path, not_scored: dict[str, str]) -> list[Section]:
+    """For the page: what the scores say that there are, and why others are not."""
     sections = []
     for what, file in SCORED.values():
         if (out / file).exists():
             scores = json.loads((out / file).read_text())
             rows = paired_table(scores["paired"]) if "paired" in scores else score_table(scores)
             sections.append(Section(what, [verdict(scores)], table=rows))
+        elif file in not_scored:
+            sections.append(Section(what, [f"Not scored: {not_scored[file]}"]))
     return sections

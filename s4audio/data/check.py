@@ -20,6 +20,7 @@ from s4audio.audio import (
     AudioError,
     clipped_runs,
     list_folder,
+    missing_bytes,
     open_audio,
     read_audio,
     resample,
@@ -38,6 +39,7 @@ WARNINGS = {  # of a recording that training uses all the same
     "DC offset": f"a mean farther than {DC_OFFSET} from 0",
     "near silent": "a peak below -80 dB",
     "mostly silent": "below -60 dB more than half of the time",
+    "cut short": "the header promises more than is there",
     "short": f"less than {SHORT_SECONDS} s, padded with zeros",
 }
 FORMAT = 1  # of the report as JSON
@@ -55,6 +57,7 @@ class Sound(NamedTuple):
     dc_offset: float  # the mean of the channel where it is farthest from 0
     clipped_runs: int  # of 3 samples or more at full scale
     silent: bool  # as mono, throughout
+    cut_short: bool  # the header of a WAV file promises more
     fingerprint: str
 
 
@@ -191,6 +194,7 @@ def warnings_about(sound: Sound) -> tuple[str, ...]:
         "DC offset": abs(sound.dc_offset) > DC_OFFSET * max(1.0, sound.peak),
         "near silent": sound.peak < SILENT_PEAK,
         "mostly silent": sound.silent_share > MOSTLY_SILENT,
+        "cut short": sound.cut_short,
         "short": sound.seconds < SHORT_SECONDS,
     }
     return tuple(warning for warning in WARNINGS if found[warning])
@@ -236,7 +240,7 @@ def measure(path: Path) -> Sound:
         seconds=length / rate, sample_rate=rate, channels=channels, peak=peak,
         loudness_lufs=integrated_loudness(weighted_powers) if weighting is not None else None,
         silent_share=float((mono_powers < SILENT_LEVEL**2).mean()), dc_offset=float(total[np.abs(total).argmax()] / length),
-        clipped_runs=num_clipped, silent=silent, fingerprint=fingerprint.hexdigest(),
+        clipped_runs=num_clipped, silent=silent, cut_short=missing_bytes(path) > 0, fingerprint=fingerprint.hexdigest(),
     )  # fmt: skip
 
 
