@@ -278,12 +278,17 @@ def recipe_file(name: str) -> Path:
         recipes = shipped("recipes")
         path = recipes / path.name
         if not path.exists():
-            known = ", ".join(f"recipes/{file.name}" for file in sorted(recipes.glob("*.yaml")))
-            raise ValueError(f"{name} does not exist; the recipes that come with s4audio are {known}.")
+            known = [file.stem for file in sorted(recipes.glob("*.yaml"))]
+            near = difflib.get_close_matches(path.stem, known, 1)
+            others = f"did you mean recipes/{near[0]}.yaml?" if near else f"there are {', '.join(known)}."
+            raise ValueError(f"the recipe {name} does not exist; {others}")
     try:
-        path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is no recipe: it is not a text file.") from error
+    with suppress(yaml.YAMLError):  # which is said, with its line, when the recipe is read
+        if isinstance(yaml.safe_load(text), str):
+            raise ValueError(f"{name} is no recipe: wanted YAML with model, data and trainer.")
     return path
 
 

@@ -1,5 +1,6 @@
 """`s4audio info`: what a model is, how it was trained, and what its state spaces remember for how long."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ def info(arguments: list[str]) -> None:
     parser.add_argument(
         "--plot",
         metavar="FILE.png",
-        help="where to draw the poles (default: poles.png in the model folder, or here for the name of a pretrained model)",
+        help="where to draw the poles (default: poles.png in the model folder, or here if that may not be written)",
     )
     args = parser.parse_args(arguments)
     if args.plot and Path(args.plot).suffix.lower() != ".png":
@@ -61,7 +62,8 @@ def info(arguments: list[str]) -> None:
         print("  (frequencies in cycles a sample, times in samples: this model has no sample rate)")
     from s4audio.report import poles_figure, save_figure
 
-    plot = Path(args.plot or (Path(args.model) / "poles.png" if Path(args.model).exists() else "poles.png"))
+    beside = Path(args.model) if Path(args.model).exists() and os.access(args.model, os.W_OK) else Path()
+    plot = Path(args.plot) if args.plot else beside / "poles.png"
     save_figure(plot, poles_figure({m.name: (m.frequency, m.decay) for m in layers}, in_time))
     print(f"\nplot: {plot}")
 

@@ -124,10 +124,10 @@ class Evaluator:
             )
         if normalize not in NORMALIZATIONS:
             raise ValueError(f"normalize is {normalize!r}; choose one of {', '.join(NORMALIZATIONS)}.")
-        if (sample_rate is not None and sample_rate < 1) or seed < 0:
-            raise ValueError(
-                f"sample_rate is {sample_rate} and seed {seed}; wanted a positive rate, and a seed of 0 or more."
-            )
+        if sample_rate is not None and sample_rate < 1:
+            raise ValueError(f"the sample rate is {sample_rate}; wanted a positive number of Hz.")
+        if seed < 0:
+            raise ValueError(f"the seed is {seed}; wanted 0 or more.")
         if not isinstance(embedding, str):
             _check_embedding(embedding)
         self.embedding, self.sample_rate, self.normalize = embedding, sample_rate, normalize
@@ -377,7 +377,10 @@ def pair_files(
         matches = matches or next((by_stem[stem] for stem in stems if stem in by_stem), [])
         if len(matches) != 1:
             found = f"{len(matches)} partners ({', '.join(map(str, matches[:3]))})" if matches else "no partner"
-            raise ValueError(f"{file} has {found} in {reference}: pairs are NAME.wav or NAME_anything.wav with NAME.wav.")
+            rename = "; rename all but one, and what was made of them" if matches else ""
+            raise ValueError(
+                f"{file} has {found} in {reference}: pairs are NAME.wav or NAME_anything.wav with NAME.wav{rename}."
+            )
         if matches[0] in pairs:
             raise ValueError(f"{pairs[matches[0]]} and {file} would both be compared with {matches[0]}; keep one of them.")
         pairs[matches[0]] = file

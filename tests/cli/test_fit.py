@@ -261,7 +261,11 @@ def test_wrong_recipes_end_in_a_sentence_and_status_2(capsys, folder, tmp_path):
     )
     assert "train: " in missing and "does not exist" in missing
     assert "fit needs a recipe" in refused(capsys, "fit")
-    assert "no.yaml does not exist; the recipes that come with s4audio are" in refused(capsys, "fit", "--config", "no.yaml")
+    assert "the recipe no.yaml does not exist; there are autoencoder_16k, " in refused(capsys, "fit", "--config", "no.yaml")
+    error = refused(capsys, "fit", "--config", "flow_clasical_3k.yaml")
+    assert error.endswith("the recipe flow_clasical_3k.yaml does not exist; did you mean recipes/flow_classical_3k.yaml?")
+    (tmp_path / "words.yaml").write_text("just some words")
+    assert "words.yaml is no recipe: wanted YAML" in refused(capsys, "fit", "--config", str(tmp_path / "words.yaml"))
     assert "is no recipe: it is not a text file" in refused(capsys, "fit", "--config", str(folder / "tone0.wav"))
     assert "'trian' is not accepted; did you mean train?" in refused(
         capsys, "fit", "--config", RECIPE, "--data.init_args.trian", "x"

@@ -1,6 +1,8 @@
 """What a model is and remembers, in words and as a picture."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,15 @@ def test_a_picture_of_another_kind_and_a_torn_record_are_refused(model, capsys, 
         config["training"].update(torn)
         (tmp_path / "torn" / "config.json").write_text(json.dumps(config))
         assert "is damaged or from another program" in refused(capsys, "info", str(tmp_path / "torn"))
+
+
+@pytest.mark.parametrize("may_write", [True, False])
+def test_poles_are_drawn_here_where_the_model_may_not_be_written(model, tmp_path, monkeypatch, may_write):
+    shutil.copytree(model, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, mode: may_write)
+    assert main(["info", "model"]) == 0
+    assert (tmp_path / "model" / "poles.png").exists() == may_write != (tmp_path / "poles.png").exists()
 
 
 def test_each_layer_is_measured_at_its_own_rate():
