@@ -139,7 +139,7 @@ def score(evaluator: Listener, made: Path, test: Path, train: Path) -> dict[str,
 
 
 def share_alike(clips: Folder, limit: float) -> float:
-    """How many clips, as `cut` names them, are nearer than that to one of another recording in the same folder."""
+    """The share of clips, named as by `cut`, that are nearer than `limit` to one of another recording in their folder."""
     recordings = [clip.name.partition("_")[0] for clip in clips.clips]
     near = 0
     for recording in set(recordings):

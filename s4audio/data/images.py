@@ -95,10 +95,10 @@ class ImageSequences(lightning.LightningDataModule):
             raise ImageError(f"fraction {self.fraction} of {len(rest)} training images is none; take a larger share.")
         self.sets = {"train": _pick(train, rest[chosen]), "valid": _pick(train, held_out)}
         self.sets["test"] = read_images(self.root, "test", self.size)
-        if odd := set(self.sets["test"].classes) ^ set(train.classes):
-            raise ImageError(
-                f"the test images in {self.root} have other classes than the training images: only one has {min(odd)}."
-            )
+        if self.sets["test"].classes != train.classes:
+            odd = set(self.sets["test"].classes) ^ set(train.classes)
+            how = f"only one has {min(odd)}" if odd else "they stand in another order"
+            raise ImageError(f"the test images in {self.root} have other classes than the training images: {how}.")
 
     @property
     def channels(self) -> int:

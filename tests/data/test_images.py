@@ -68,6 +68,16 @@ def test_hidden_folders_are_no_classes_and_an_odd_class_is_named(root):
         ImageSequences(str(root), SIZE, valid_images=4).setup()
 
 
+def test_classes_in_another_order_are_refused(root, monkeypatch):
+    def read(folder, split, *options):
+        images = read_images(folder, split, *options)
+        return images if split == "train" else images._replace(classes=images.classes[::-1])
+
+    monkeypatch.setattr("s4audio.data.images.read_images", read)
+    with pytest.raises(ImageError, match="they stand in another order"):
+        ImageSequences(str(root), SIZE, valid_images=4).setup()
+
+
 def test_a_container_holds_the_same_images(tmp_path):
     make_container(tmp_path / "train.npz", [0, 1, 1])
     images = read_images(tmp_path, "train", SIZE)
