@@ -348,8 +348,9 @@ class Flow(nn.Module):
                 for first, part in zip(range(0, len(views), WINDOWS), views.split(WINDOWS), strict=True)
             ]
         )
-        # A window counts most in its middle, where it hears as much of what was before as of what comes.
-        share = torch.hann_window(window + 2, periodic=False, device=x.device, dtype=x.dtype)[1:-1]
+        # A window counts most in its middle, where it hears as much of what was before as of what comes. In float32 the
+        # ends of a long one would be zero.
+        share = torch.hann_window(window + 2, periodic=False, device=x.device, dtype=torch.float64)[1:-1].to(x.dtype)
         total, shares = torch.zeros_like(x), x.new_zeros(length)
         for start, velocity in zip(starts, found.split(len(x)), strict=True):
             total[..., start : start + window] += share * velocity

@@ -1,6 +1,7 @@
 """Flow matching: what can be said exactly, with the velocity of a Gaussian in the network's place; and that it learns."""
 
 import math
+import os
 import time
 from itertools import pairwise
 from typing import Any
@@ -166,6 +167,14 @@ def test_windows_change_nothing_where_a_point_hears_only_itself(monkeypatch):
     whole = model.sample(2, 64, generator=seeded(1))
     model.trained_length.fill_(24)
     torch.testing.assert_close(model.sample(2, 64, generator=seeded(1)), whole)
+
+
+def test_windows_of_many_points_count_at_their_ends_too(monkeypatch):
+    """The weight of the first of 24,000 points is 2e-8, which float32 has, but not as 1 less a cosine."""
+    model = flow().eval()
+    model.trained_length.fill_(24_000)
+    gaussian(monkeypatch, model)
+    assert model.vary(torch.zeros(1, 1, 24_001), 0.5, seeded(0), num_steps=2).isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["raw", "latent"])
@@ -343,8 +352,9 @@ def test_gpu_sampling_is_that_of_the_cpu(name):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="other tests take their share of the GPU")
 def test_gpu_ten_seconds_take_less_than_one():
-    """Of the pretrained model, through windows of four; the best of three, since other tests run beside it."""
+    """Of the pretrained model, through windows of four."""
     model: Any = load("classical-16k", "cuda")
     model.sample(1, 160_000)
     torch.cuda.synchronize()
