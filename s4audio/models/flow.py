@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from s4audio.layers import S4D, ModulatedBlock, frozen
 from s4audio.models.autoencoder import (
@@ -27,8 +28,9 @@ from s4audio.models.autoencoder import (
 from s4audio.models.samplers import Solver, Velocity, flow_times, heun, multistep
 
 D_EMBEDDING = 128  # of the time and the label
-NUM_STEPS, GUIDANCE = 48, 2.0  # of sampling, unless told otherwise
-PASSES = (0.0, 0.5, 0.7)  # times from which a span is made, and made again; the last time the rest may move with it
+NUM_STEPS, GUIDANCE = 32, 2.0  # of sampling, unless told otherwise
+AGAIN = 0.7  # time from which a span is made a second time, and the rest may move with it
+HEED, HEED_UNTIL = 0.05, 0.5  # how much, and until which time, a span heeds what is around it (`_heeding`)
 FADE_SECONDS = 0.02  # in a span, from its borders
 WINDOWS = 32  # at most, that go through the network at a time
 SMALLEST_DEVIATION = 1e-4  # of a channel of the data: what never changes is not blown up
@@ -247,8 +249,9 @@ class Flow(nn.Module):
         """The clips with the samples from `start` to `stop` made anew, to fit what is around them.
 
         The rest is the given audio bit for bit, and what stood in the span has no say. The span is made with the rest as it
-        is, again from half way, and a third time with the rest free to move, which takes the seams away; then the rest is
-        put back, and over 20 ms from its borders the span is moved to where the audio is.
+        is, and drawn to what fits that; then again, from a later time, with the rest free to move, which takes the seams
+        away; then the rest is put back, and over 20 ms from its borders the span is moved to where the audio is. The model
+        hears no more of the rest than a clip of its training on each side.
 
         Args:
             audio: (B, channels, T).
@@ -261,22 +264,31 @@ class Flow(nn.Module):
             ValueError: the span is empty or not inside of the clips, or as `sample`.
 
         Source: Lugmayr et al. 2022, "RePaint: inpainting using denoising diffusion probabilistic models", for the rest as it
-        is known at each time and for going back; the last pass is ours.
+        is known at each time; Pokle et al. 2023, "Training-free linear image inverses via flows", for `_heeding`; the second
+        pass is ours.
         """
         length = audio.shape[-1]
         if not 0 <= start < stop <= length:
             raise ValueError(f"the span is {start} to {stop}; wanted one inside of the {length} samples of the clip.")
+        heard = -(-int(self.trained_length) * self.frame // self.hop_length) * self.hop_length or length
+        first, last = max(0, (start - heard) // self.hop_length * self.hop_length), min(length, stop + heard)
+        if (first, last) != (0, length):
+            part = audio[..., first:last]
+            how: dict[str, Any] = {"label": label, "num_steps": num_steps, "guidance": guidance}
+            made = self.inpaint(part, start - first, stop - first, generator, **how)
+            return torch.cat([audio[..., :first], made, audio[..., last:]], dim=-1)
         places = torch.arange(length, device=audio.device)
         outside = (places < start) | (places >= stop)
         data = self._normalized(self._data(audio * outside))
         places = torch.arange(data.shape[-1], device=data.device)
         free = (places >= start // self.frame) & (places < -(-stop // self.frame))
-        made, x = self._velocity(label, guidance), data
-        for time in PASSES:
-            drawn = noise(data.shape, generator).to(data)
-            velocity = made if time == PASSES[-1] else _with_known(made, free, data - drawn)
-            times = flow_times(math.ceil(num_steps * (1 - time)), time)
-            x = self._solved(velocity, torch.lerp(drawn, torch.where(free, x, data), time), times)
+        velocity = self._velocity(label, guidance)
+        drawn = noise(data.shape, generator).to(data)
+        heeding = _with_known(_heeding(velocity, free, data), free, data - drawn)
+        x = self._solved(heeding, drawn, flow_times(num_steps))
+        drawn = noise(data.shape, generator).to(data)
+        again = torch.lerp(drawn, torch.where(free, x, data), AGAIN)
+        x = self._solved(velocity, again, flow_times(math.ceil(num_steps * (1 - AGAIN)), AGAIN))
         fade = min(round(FADE_SECONDS * self.sample_rate), stop - start - 1)  # what one border moves stays off the other
         return torch.where(outside, audio, _joined(audio, self._audio(x, length), start, stop, fade))
 
@@ -342,9 +354,11 @@ class Flow(nn.Module):
         starts = [round(index * (length - window) / (count - 1)) for index in range(count)]
         views = torch.cat([x[..., start : start + window] for start in starts])  # (count B, D, window)
         labels = None if label is None else label.repeat(count)
+        # Where a gradient is wanted, its memory is that of WINDOWS, however long x is.
+        forward = partial(checkpoint, self, use_reentrant=False) if torch.is_grad_enabled() else self
         found = torch.cat(
             [
-                self(part, part.new_full((len(part),), t), None if labels is None else labels[first : first + len(part)])
+                forward(part, part.new_full((len(part),), t), None if labels is None else labels[first : first + len(part)])
                 for first, part in zip(range(0, len(views), WINDOWS), views.split(WINDOWS), strict=True)
             ]
         )
@@ -429,6 +443,29 @@ def _through(blocks: Any, u: Tensor, embedding: Tensor) -> Tensor:
     for block in blocks:
         u = block(u, embedding)
     return u
+
+
+def _heeding(velocity: Velocity, free: Tensor, known: Tensor) -> Velocity:
+    """The velocity, and while loudness, pitch and the like are decided, its pull towards points that fit the known ones.
+
+    Where the clip will end, by the velocity, is about normal around its data, with a variance of
+    (1 - t)^2 / (t^2 + (1 - t)^2) if they have 1. The gradient of the log-probability of the known data, `known` where not
+    `free`, makes them likely; HEED of it, since points of a clip say the same thing many times over. Without it, what
+    `classical-16k` made was 4 dB too quiet, whatever was around it: to set a part of the points alone says too little. With
+    it, it is 1 dB too quiet, and with twice as much as loud as it should be, but spoken digits are 9 dB too loud then.
+    """
+
+    def heeding(x: Tensor, t: float) -> Tensor:
+        if not 0 < t <= HEED_UNTIL:
+            return velocity(x, t)
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            v = velocity(x, t)
+            end = x + (1 - t) * v
+            (pull,) = torch.autograd.grad(end, x, torch.where(free, 0, known - end).detach())
+        return v.detach() + HEED * (t**2 + (1 - t) ** 2) / (t * (1 - t)) * pull
+
+    return heeding
 
 
 def _with_known(velocity: Velocity, free: Tensor, known: Tensor) -> Velocity:

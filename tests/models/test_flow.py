@@ -12,7 +12,8 @@ import torch
 from s4audio import S4DVAE, CausalAutoencoder, ConvVAE, Flow, S4Model, load
 from s4audio.models import euler
 from s4audio.models import flow as flow_module
-from s4audio.models.flow import WINDOWS
+from s4audio.models.flow import AGAIN, HEED, HEED_UNTIL, WINDOWS, _heeding
+from s4audio.models.samplers import flow_times
 from s4audio.tasks.optim import parameter_groups
 from tests.models.test_samplers import gaussian_velocity
 
@@ -247,20 +248,67 @@ def test_what_stood_in_the_span_has_no_say(model):
 
 
 def test_the_rest_of_a_clip_is_known_on_the_way(monkeypatch):
-    """At time t the network sees (1 - t) noise + t data there, whatever it makes of it: from 0, then from 0.5."""
+    """At time t the network sees (1 - t) noise + t data there, whatever it makes of it; the second time at first only."""
     model = flow().eval()
     seen = []
     monkeypatch.setattr(model, "forward", lambda x, time, label=None: seen.append((float(time[0]), x)) or 7 * x)
     audio, generator = torch.randn(1, 1, 30), seeded(1)
     model.inpaint(audio, 10, 20, seeded(1), num_steps=4)
-    assert [t for t, _ in seen[:4]] == [0, 0.4375, 0.75, 0.9375] and len(seen) == 4 + 2 + 2
-    for calls in (seen[:4], seen[4:6]):
+    assert [t for t, _ in seen] == pytest.approx([*flow_times(4)[:4], *flow_times(2, AGAIN)[:2]])
+    for calls in (seen[:4], seen[4:5]):
         noise = torch.randn(1, 1, 30, generator=generator)
         for t, x in calls:
             wanted = (1 - t) * noise + t * audio
             torch.testing.assert_close(x[..., :10], wanted[..., :10])
             torch.testing.assert_close(x[..., 20:], wanted[..., 20:])
-        assert calls[0][0] == (0.0 if len(calls) == 4 else 0.5)
+
+
+def test_a_span_heeds_what_is_around_it_by_the_gradient():
+    """Of a linear velocity A x, the end is (1 + (1 - t) A) x, and the pull its transpose, of what the known points lack."""
+    A, x, known = torch.randn(3, 6, 6, dtype=torch.float64)
+    free = torch.tensor([False, False, True, True, True, False])
+    heeding = _heeding(lambda x, t: x @ A.T, free, known)
+    for t in (0.0, 0.2, HEED_UNTIL, 0.6):
+        end = torch.eye(6, dtype=torch.float64) + (1 - t) * A
+        pull = (known - x @ end.T).masked_fill(free, 0) @ end
+        share = HEED * (t**2 + (1 - t) ** 2) / (t * (1 - t)) if 0 < t <= HEED_UNTIL else 0
+        with torch.no_grad():
+            found = heeding(x, t)
+        torch.testing.assert_close(found, x @ A.T + share * pull)
+        assert not found.requires_grad
+
+
+@pytest.mark.parametrize("name", ["raw", "latent"])
+def test_of_a_long_recording_only_what_is_around_a_span_is_heard(name, monkeypatch):
+    """A clip of the training on each side; what is farther off has no say, and does not cost anything."""
+    model = MODELS[name]().eval()
+    model.trained_length.fill_(100)
+    heard, audio = 100 * model.frame, 0.1 * torch.randn(1, 1, 40_000)
+    lengths = []
+    through = model._through_windows
+    monkeypatch.setattr(model, "_through_windows", lambda x, *rest: lengths.append(x.shape[-1]) or through(x, *rest))
+    made = model.inpaint(audio, 20_000, 21_000, seeded(1), num_steps=2)
+    assert made.shape == audio.shape and torch.equal(made[..., :20_000], audio[..., :20_000])
+    assert torch.equal(made[..., 21_000:], audio[..., 21_000:]) and not torch.equal(made, audio)
+    assert max(lengths) * model.frame <= 1000 + 2 * (heard + 2 * model.hop_length)
+    audio[..., : 20_000 - heard - 2 * model.hop_length] = 0.5
+    audio[..., 21_000 + heard + 2 * model.hop_length :] = 0.5
+    again = model.inpaint(audio, 20_000, 21_000, seeded(1), num_steps=2)
+    assert torch.equal(again[..., 20_000:21_000], made[..., 20_000:21_000])
+
+
+def test_the_memory_of_heeding_is_that_of_some_windows(monkeypatch):
+    """Through windows the network is run again for the gradient, which is that of all windows at once."""
+    model = flow().eval()
+    model.trained_length.fill_(24)
+    x, calls = torch.randn(1, 1, 96, requires_grad=True), []
+    (wanted,) = torch.autograd.grad(model._through_windows(x, 0.5).square().sum(), x)
+    whole = model.forward
+    monkeypatch.setattr(model, "forward", lambda *given: calls.append(len(given[0])) or whole(*given))
+    monkeypatch.setattr(flow_module, "WINDOWS", 2)
+    (found,) = torch.autograd.grad(model._through_windows(x, 0.5).square().sum(), x)
+    torch.testing.assert_close(found, wanted)
+    assert sorted(calls) == [1, 1, 2, 2, 2, 2, 2, 2]
 
 
 @pytest.mark.parametrize("name", ["raw", "latent"])
@@ -349,6 +397,16 @@ def test_gpu_sampling_is_that_of_the_cpu(name):
     wanted = model.sample(2, 5000, generator=[seeded(1), seeded(2)])
     found = model.cuda().sample(2, 5000, generator=[seeded(1), seeded(2)])
     assert found.is_cuda and (found.cpu() - wanted).abs().max() < 1e-3  # float32, in another order
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["raw", "latent"])
+def test_gpu_inpainting_is_that_of_the_cpu(name):
+    """With the gradient that a span heeds what is around it by."""
+    model, audio = MODELS[name]().eval(), 0.1 * torch.randn(2, 1, 5000)
+    wanted = model.inpaint(audio, 2000, 3000, [seeded(1), seeded(2)], num_steps=8)
+    found = model.cuda().inpaint(audio.cuda(), 2000, 3000, [seeded(1), seeded(2)], num_steps=8)
+    assert found.is_cuda and (found.cpu() - wanted).abs().max() < 1e-3
 
 
 @pytest.mark.gpu
