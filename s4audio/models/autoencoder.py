@@ -40,6 +40,11 @@ def noise(shape: Sequence[int], generator: Generators, draw: Callable[..., Tenso
     return draw(tuple(shape), generator=generator)
 
 
+def within_full_scale(audio: Tensor) -> Tensor:
+    """(B, channels, T), and what would go beyond full scale, and be clipped in a file, quieter as a whole."""
+    return audio / audio.abs().amax((1, 2), keepdim=True).clamp_min(1)
+
+
 class WaveformAutoencoder(nn.Module, ABC):
     """What a generator offers, from `encode` and `decode`; they are the two autoencoders' own."""
 
@@ -172,8 +177,8 @@ class S4DAutoencoder(WaveformAutoencoder):
     def sample(
         self, batch_size: int, num_samples: int, *, label: Tensor | None = None, generator: Generators = None
     ) -> Tensor:
-        """(B, channels, num_samples) from white noise in place of the audio, as the original generates."""
-        return self(noise((batch_size, self.channels, num_samples), generator).to(self.outer.D))
+        """(B, channels, num_samples) from white noise in place of audio, as the original generates; `within_full_scale`."""
+        return within_full_scale(self(noise((batch_size, self.channels, num_samples), generator).to(self.outer.D)))
 
     def initial_state(self, batch_size: int) -> tuple:
         """Refuses: the norms need the whole clip."""
@@ -302,10 +307,10 @@ class CausalAutoencoder(WaveformAutoencoder):
     def sample(
         self, batch_size: int, num_samples: int, *, label: Tensor | None = None, generator: Generators = None
     ) -> Tensor:
-        """(B, channels, num_samples) from a latent of white noise with each channel's mean and size in training."""
+        """(B, channels, num_samples) from white noise with each latent channel's mean and size; `within_full_scale`."""
         shape = (batch_size, self.latent_channels, -(-num_samples // self.hop_length))
         latent = noise(shape, generator).to(self.latent_mean) * self.latent_std + self.latent_mean
-        return self.decode(latent, num_samples)
+        return within_full_scale(self.decode(latent, num_samples))
 
     def initial_state(self, batch_size: int) -> AutoencoderState:
         """The state before the first sample."""

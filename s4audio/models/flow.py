@@ -24,6 +24,7 @@ from s4audio.models.autoencoder import (
     check_sample_rate,
     check_stages,
     noise,
+    within_full_scale,
 )
 from s4audio.models.samplers import Solver, Velocity, flow_times, heun, multistep
 
@@ -184,7 +185,7 @@ class Flow(nn.Module):
         guidance: float = GUIDANCE,
         solver: Solver = multistep,
     ) -> Tensor:
-        """(B, channels, num_samples) from noise; a clip that would go beyond full scale is made quieter as a whole.
+        """(B, channels, num_samples) from noise; `within_full_scale`.
 
         Args:
             batch_size: B.
@@ -200,8 +201,8 @@ class Flow(nn.Module):
         """
         shape = (batch_size, len(self.data_mean), -(-num_samples // self.frame))
         x = noise(shape, generator).to(self.data_mean)
-        audio = self._audio(self._solved(self._velocity(label, guidance), x, flow_times(num_steps), solver), num_samples)
-        return audio / audio.abs().amax((1, 2), keepdim=True).clamp_min(1)
+        x = self._solved(self._velocity(label, guidance), x, flow_times(num_steps), solver)
+        return within_full_scale(self._audio(x, num_samples))
 
     @torch.no_grad()
     def vary(

@@ -21,6 +21,7 @@ from s4audio.models.autoencoder import (
     check_sample_rate,
     check_stages,
     noise,
+    within_full_scale,
 )
 
 LOG_VARIANCE = (-12.0, 4.0)  # beyond these a posterior is a point or noise, and its exponential a danger
@@ -61,9 +62,9 @@ class VariationalAutoencoder(WaveformAutoencoder):
     def sample(
         self, batch_size: int, num_samples: int, *, label: Tensor | None = None, generator: Generators = None
     ) -> Tensor:
-        """(B, channels, num_samples) from a latent drawn from the prior."""
+        """(B, channels, num_samples) from a latent drawn from the prior; `within_full_scale`."""
         shape = (batch_size, self.latent_channels, -(-num_samples // self.hop_length))
-        return self.decode(noise(shape, generator).to(next(self.parameters())), num_samples)
+        return within_full_scale(self.decode(noise(shape, generator).to(next(self.parameters())), num_samples))
 
 
 class ConvVAE(VariationalAutoencoder):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from s4audio import S4D, CausalAutoencoder, ConvVAE, S4DAutoencoder
+from s4audio import S4D, S4DVAE, CausalAutoencoder, ConvVAE, S4DAutoencoder
 from s4audio.models.autoencoder import noise, stream_blocks
 
 
@@ -229,7 +229,27 @@ def test_samples_have_the_latents_mean_and_size(monkeypatch):
     model = causal().eval()
     model.latent_mean.copy_(torch.tensor([[1.0], [-2.0], [3.0]]))
     model.latent_std.copy_(torch.tensor([[0.5], [1.0], [2.0]]))
-    monkeypatch.setattr(model, "decode", lambda latent, num_samples: latent)
-    made = model.sample(1, 6 * 20_000, generator=torch.Generator().manual_seed(0))
+    seen = []
+    monkeypatch.setattr(model, "decode", lambda latent, num_samples: seen.append(latent) or 0 * latent)
+    model.sample(1, 6 * 20_000, generator=torch.Generator().manual_seed(0))
+    made = seen[0]
     torch.testing.assert_close(made.mean((0, 2)), model.latent_mean[:, 0], rtol=0, atol=0.05)
     torch.testing.assert_close(made.std((0, 2)), model.latent_std[:, 0], rtol=0.03, atol=0)
+
+
+MAKERS = {  # and what of them makes the audio
+    "system 4": (lambda: S4DAutoencoder(3000), "forward"),
+    "causal": (causal, "decode"),
+    "vae": (lambda: ConvVAE(8000, strides=(2, 3), widths=(4, 4, 4)), "decode"),
+    "s4d_vae": (lambda: S4DVAE(8000, strides=(2, 3), widths=(4, 4, 4), num_blocks=1, d_state=4), "decode"),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_clip_from_noise_beyond_full_scale_is_made_quieter_as_a_whole(name, monkeypatch):
+    """It would be clipped in a file; and the others of its batch stay as they are."""
+    kind, makes = MAKERS[name]
+    model = kind().eval()
+    wave = torch.linspace(-1, 1, 60).view(1, 1, 60)
+    monkeypatch.setattr(model, makes, lambda *given: torch.cat([0.5 * wave, 3 * wave]))
+    torch.testing.assert_close(model.sample(2, 60), torch.cat([0.5 * wave, wave]))
