@@ -177,7 +177,7 @@ class S4DAutoencoder(WaveformAutoencoder):
     def sample(
         self, batch_size: int, num_samples: int, *, label: Tensor | None = None, generator: Generators = None
     ) -> Tensor:
-        """(B, channels, num_samples) from white noise in place of audio, as the original generates; `within_full_scale`."""
+        """(B, channels, num_samples) from white noise in place of audio, as the original; never beyond full scale."""
         return within_full_scale(self(noise((batch_size, self.channels, num_samples), generator).to(self.outer.D)))
 
     def initial_state(self, batch_size: int) -> tuple:
@@ -307,7 +307,7 @@ class CausalAutoencoder(WaveformAutoencoder):
     def sample(
         self, batch_size: int, num_samples: int, *, label: Tensor | None = None, generator: Generators = None
     ) -> Tensor:
-        """(B, channels, num_samples) from white noise with each latent channel's mean and size; `within_full_scale`."""
+        """(B, channels, num_samples) from white noise with each latent channel's mean and size; never beyond full scale."""
         shape = (batch_size, self.latent_channels, -(-num_samples // self.hop_length))
         latent = noise(shape, generator).to(self.latent_mean) * self.latent_std + self.latent_mean
         return within_full_scale(self.decode(latent, num_samples))

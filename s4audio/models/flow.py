@@ -185,7 +185,7 @@ class Flow(nn.Module):
         guidance: float = GUIDANCE,
         solver: Solver = multistep,
     ) -> Tensor:
-        """(B, channels, num_samples) from noise; `within_full_scale`.
+        """(B, channels, num_samples) from noise; a clip that would go beyond full scale is made quieter as a whole.
 
         Args:
             batch_size: B.

@@ -62,7 +62,7 @@ class VariationalAutoencoder(WaveformAutoencoder):
     def sample(
         self, batch_size: int, num_samples: int, *, label: Tensor | None = None, generator: Generators = None
     ) -> Tensor:
-        """(B, channels, num_samples) from a latent drawn from the prior; `within_full_scale`."""
+        """(B, channels, num_samples) from a latent drawn from the prior; never beyond full scale."""
         shape = (batch_size, self.latent_channels, -(-num_samples // self.hop_length))
         return within_full_scale(self.decode(noise(shape, generator).to(next(self.parameters())), num_samples))
 
