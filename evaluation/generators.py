@@ -31,7 +31,6 @@ from torch.nn import functional as F
 import s4audio
 from s4audio import checkpoint
 from s4audio.audio import find_audio, normalize, read_audio, write_audio
-from s4audio.cli.evaluate import embedding
 from s4audio.metrics.embeddings import Embedding
 from s4audio.metrics.evaluator import Folder
 from s4audio.metrics.neighbours import nearest
@@ -204,7 +203,8 @@ def main() -> None:
     tables: dict[str, list[tuple[str, ...]]] = {"the trained encoder": [HEADING], "log_mel": [HEADING]}
     alike = {}
     for by, which in zip(tables, (args.judge, "log_mel"), strict=True):
-        evaluator = Listener(embedding(which), sample_rate=rate)
+        ears = which if which == "log_mel" else checkpoint.load_embedding(which, args.device)
+        evaluator = Listener(ears, sample_rate=rate)
         for row in rows:
             row[by.replace(" ", "_")] = scores = score(evaluator, args.out / row["model"], real["test"], real["train"])
             tables[by].append(table_row(row["model"], scores))

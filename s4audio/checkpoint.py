@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from s4audio.card import card
 from s4audio.files import replacing
+from s4audio.layers import S4D
 from s4audio.metrics.embeddings import EncoderWindows
 from s4audio.models import (
     S4DVAE,
@@ -264,6 +265,9 @@ def load_embedding(path: str | Path, device: str | torch.device = "cpu") -> Enco
         raise CheckpointError(f"{path} is a {config['class']}, which has no encoder; an embedding needs one.")
     if model.channels != 1:
         raise CheckpointError(f"the model in {path} hears {model.channels} channels; an embedding hears one (mono).")
+    for layer in model.modules():
+        if isinstance(layer, S4D):
+            layer.freeze()  # a folder is many calls with the same weights
     details = {
         "sha256": sha256, "class": config["class"], "arguments": config["arguments"],
         "training_data": {key: config["training"][key] for key in TRAINING_DATA if key in config["training"]},

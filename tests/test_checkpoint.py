@@ -11,6 +11,7 @@ from torch import nn
 
 from s4audio import S4DVAE, CausalAutoencoder, ConvVAE, Flow, S4DAutoencoder, S4Model, SaShiMi, checkpoint
 from s4audio.checkpoint import CheckpointError, fingerprint, load, load_embedding, load_state, read_config, save, save_state
+from s4audio.layers import S4D
 from s4audio.models import PatchS4Model, WaveNet, begin_stream
 
 
@@ -222,6 +223,16 @@ def test_an_embedding_is_the_encoder_of_a_model(tmp_path):
     save(S4Model(3, 10, d_model=4, num_layers=1, layer="S4", d_state=4), tmp_path / "classifier")
     with pytest.raises(CheckpointError, match="S4Model, which has no encoder"):
         load_embedding(tmp_path / "classifier")
+
+
+def test_an_embedding_discretizes_once_and_not_for_every_clip(tmp_path, monkeypatch):
+    model = CausalAutoencoder(8000, strides=(2,), widths=(4, 4), d_state=4, latent_channels=3).eval()
+    save(model, tmp_path)
+    audio = torch.randn(2, 1, 1, 16000)
+    wanted = [model.encode(clip) for clip in audio]
+    embedding = load_embedding(tmp_path)
+    monkeypatch.delattr(S4D, "system")
+    assert all(torch.equal(embedding.encode(clip), latent) for clip, latent in zip(audio, wanted, strict=True))
 
 
 def test_the_embedding_of_a_flow_is_the_encoder_that_it_works_on(tmp_path):
