@@ -8,7 +8,8 @@ training. Every model makes as many clips of that length as there are test clips
 classes makes all of them in turn. All are scored at a peak of 1 by the encoder of the judge, which must be none of the
 models, and by log_mel: FID, FID∞, KAD with their intervals, beside what the training clips score against the test clips;
 density and coverage; and how many clips are as near to a training clip as only 1 % of the test clips are, beside how many
-training clips are as near to one of another recording: artists and pieces that the tests do not have bring both up.
+training clips are as near to one of another recording: artists and pieces that the tests do not have bring both up. Scores
+hear a second at a time; `drift` says whether the seconds of a clip belong together.
 Models that fill spans or go on with recordings do that with test clips too, to see whether the audio steps at the borders.
 
 OUT gets a folder of WAV files for each model, scores.json, and report.html with the clips of seeds 0 to 3 of each. Clips
@@ -150,6 +151,28 @@ def share_alike(clips: Folder, limit: float) -> float:
     return near / len(recordings)
 
 
+def drift(clips: Folder, scale: torch.Tensor) -> float | None:
+    """How unlike its beginning a clip ends, against the end of a clip of another recording: the mean distances of the first
+    third of its windows to the last. 1 if the two have nothing in common, which no score of single seconds can hear; None of
+    clips of one window.
+
+    Args:
+        clips: named as by `cut`; those of one recording are not compared.
+        scale: (d,) what the windows are divided by.
+    """
+    third = [max(1, len(clip.windows) // 3) for clip in clips.clips]
+    if any(len(clip.windows) < 2 for clip in clips.clips):
+        return None
+    first, last = (
+        torch.stack([end(clip.windows, many).mean(0) / scale for clip, many in zip(clips.clips, third, strict=True)])
+        for end in (lambda windows, many: windows[:many], lambda windows, many: windows[-many:])
+    )
+    recordings = [clip.name.partition("_")[0] for clip in clips.clips]
+    other = torch.tensor([[one != another for another in recordings] for one in recordings])
+    distance = torch.cdist(first, last, compute_mode="donot_use_mm_for_euclid_dist")
+    return (distance.diagonal().mean() / distance[other].mean()).item() if other.any() else None
+
+
 def table_row(name: str, scores: dict[str, Any]) -> tuple[str, ...]:
     """The row of one model under HEADING; intervals in brackets."""
 
@@ -201,7 +224,7 @@ def main() -> None:
         rows[-1] |= {"seams": seams(folder, real["test"], args.device)}
         rows[-1] |= {"sha256": checkpoint.fingerprint(folder), "training": checkpoint.read_config(folder)["training"]}
     tables: dict[str, list[tuple[str, ...]]] = {"the trained encoder": [HEADING], "log_mel": [HEADING]}
-    alike = {}
+    alike, drifts = {}, {}
     for by, which in zip(tables, (args.judge, "log_mel"), strict=True):
         ears = which if which == "log_mel" else checkpoint.load_embedding(which, args.device)
         evaluator = Listener(ears, sample_rate=rate)
@@ -210,13 +233,19 @@ def main() -> None:
             tables[by].append(table_row(row["model"], scores))
             print(f"by {by}:", *tables[by][-1], sep="  ", flush=True)
         limit = scores["distance_to_train_of_the_nearest_1_percent_of_test"]
+        heard = evaluator.heard
+        scale = torch.cat(heard[str(real["test"])].windows()).std(0).clamp_min(1e-6)
+        for row in rows:
+            row[by.replace(" ", "_")]["drift"] = drift(heard[str(args.out / row["model"])], scale)
+        drifts[by.replace(" ", "_")] = {split: drift(heard[str(folder)], scale) for split, folder in real.items()}
+        print(f"by {by}: drift", *(f"{row['model']} {row[by.replace(' ', '_')]['drift']}" for row in rows), sep="  ")
         alike[by.replace(" ", "_")] = share_alike(evaluator.heard[str(real["train"])], limit)
         print(
             f"by {by}: {alike[by.replace(' ', '_')]:.1%} of the training clips are as near to another recording", flush=True
         )
     about = {
         "seconds": args.seconds, "train_clips": number["train"], "test_clips": number["test"], "judge": judge,
-        "train_clips_as_near_to_another_recording": alike,
+        "train_clips_as_near_to_another_recording": alike, "drift": drifts,
     }  # fmt: skip
     (args.out / "scores.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
 

@@ -186,21 +186,23 @@ def generators() -> str:
     rows: list[tuple[str, ...]] = [
         (
             "", "FID", "FID∞", "KAD", "density, coverage", "near copies", "told apart", "FID by log_mel", "KAD by log_mel",
-            "near copies", "told apart",
+            "near copies", "told apart", "drift by log_mel",
         )
     ]  # fmt: skip
     for path in sorted(RESULTS.glob("generators_*.json")):
         found = json.loads(path.read_text())
         data = path.stem.partition("_")[2]
         for row in found["rows"]:
-            rows.append((f"{data}: {row['model']}", *scores_of(row["the_trained_encoder"], row["log_mel"])))
+            drift = number(row["log_mel"]["drift"]) if row["log_mel"].get("drift") is not None else ""
+            rows.append((f"{data}: {row['model']}", *scores_of(row["the_trained_encoder"], row["log_mel"]), drift))
         by, log_mel = (found["rows"][0][name]["train_against_test"] for name in ("the_trained_encoder", "log_mel"))
         alike = found.get("train_clips_as_near_to_another_recording", {})
         near, near_by_log_mel = (
             f"{alike[name]:.1%}" if name in alike else "" for name in ("the_trained_encoder", "log_mel")
         )
         first = *(number(by[key]) for key in ("fid", "fid_infinity", "kad")), "", near, ""
-        second = number(log_mel["fid"]), number(log_mel["kad"]), near_by_log_mel, ""
+        drift = found.get("drift", {}).get("log_mel", {}).get("train")
+        second = number(log_mel["fid"]), number(log_mel["kad"]), near_by_log_mel, "", "" if drift is None else number(drift)
         rows.append((f"{data}: the training clips themselves", *first, *second))
     return table(*rows)
 

@@ -346,6 +346,8 @@ def test_generators_are_scored_beside_what_training_clips_score(tmp_path):
     for row in scores["rows"]:
         assert row["log_mel"]["train_against_test"]["kad"] < row["log_mel"]["kad"] and row["clips"] == 5
         assert row["log_mel"]["share_nearer_to_train_than_1_percent_of_test"] == 0
+        assert row["log_mel"]["drift"] is None  # clips of a second, and a tenth
+    assert scores["drift"]["log_mel"] == {"train": None, "test": None}
     seams = {row["model"]: row["seams"] for row in scores["rows"]}
     assert seams["net"] == {} and seams["flow"]["inpaint_share_of_borders_beyond"] == 0
     assert 0 < seams["flow"]["continue_largest_step_against_elsewhere"] < 1
@@ -518,6 +520,26 @@ def test_training_clips_alike_are_those_of_different_recordings(tmp_path, monkey
     ]
     assert script["share_alike"](Folder("", clips), 0.5) == 0.4  # of five, those at 5.0 and 5.4
     assert script["share_alike"](Folder("", clips), 0.3) == 0
+
+
+def test_drift_is_how_far_a_clip_goes_against_how_far_another_is(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "evaluation"))
+    drift = runpy.run_path(str(ROOT / "evaluation" / "generators.py"))["drift"]
+
+    def clips(**at: list[float]) -> Folder:  # a window of two numbers for each place, the first of them twice as wide
+        windows = {name: torch.tensor([[2 * place, 0.0] for place in places]) for name, places in at.items()}
+        return Folder("", [EmbeddedClip(f"{name}.wav", Path(), 1.0, name, (), each) for name, each in windows.items()])
+
+    scale = torch.tensor([2.0, 1.0])
+    # 1 and 2 from the first third to the last; from one's first to the other's last 7 and 4. What is between does not count.
+    apart = clips(a_0=[0, 0, 50, -9, 1, 1], b_0=[5, 5, 0, 0, 7, 7])
+    assert drift(apart, scale) == pytest.approx(1.5 / ((7 + 4) / 2))
+    assert drift(clips(a_0=[0, 0, 0], a_1=[9, 9, 9]), scale) is None  # of one recording
+    assert drift(clips(a_0=[0, 0, 0], a_1=[9, 9, 9], b_0=[1, 1, 1]), scale) == 0
+    assert drift(clips(a_0=[0], b_0=[1]), scale) is None
+    everywhere = torch.randn(40, 9, 2, generator=torch.Generator().manual_seed(0))
+    noise = [EmbeddedClip(f"{n}_0.wav", Path(), 1.0, str(n), (), windows) for n, windows in enumerate(everywhere)]
+    assert drift(Folder("", noise), scale) == pytest.approx(1, abs=0.15)
 
 
 def test_what_is_recognized_is_told_of_each_class():
