@@ -20,7 +20,7 @@ SEES = {  # what each part may import of this package
     "metrics": {"audio", "losses", "__version__"},
     "data": {"files", "audio"},
     "report": {"files", "audio", "losses"},
-    "checkpoint": {"files", "card", "models", "metrics"},
+    "checkpoint": {"files", "card", "layers", "models", "metrics"},
     "hub": {"checkpoint"},
     "tasks": {"files", "audio", "losses", "layers", "models", "metrics", "checkpoint", "report"},
     "cli": {
