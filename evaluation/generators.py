@@ -238,7 +238,8 @@ def main() -> None:
         for row in rows:
             row[by.replace(" ", "_")]["drift"] = drift(heard[str(args.out / row["model"])], scale)
         drifts[by.replace(" ", "_")] = {split: drift(heard[str(folder)], scale) for split, folder in real.items()}
-        print(f"by {by}: drift", *(f"{row['model']} {row[by.replace(' ', '_')]['drift']}" for row in rows), sep="  ")
+        of_each = {row["model"]: row[by.replace(" ", "_")]["drift"] for row in rows}
+        print(f"by {by}: drift", *(f"{name} {value:.2f}" for name, value in of_each.items() if value is not None), sep="  ")
         alike[by.replace(" ", "_")] = share_alike(evaluator.heard[str(real["train"])], limit)
         print(
             f"by {by}: {alike[by.replace(' ', '_')]:.1%} of the training clips are as near to another recording", flush=True
