@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from s4audio.layers import S4D, ModulatedBlock, frozen
 from s4audio.models.autoencoder import (
@@ -30,8 +29,8 @@ from s4audio.models.samplers import Solver, Velocity, flow_times, heun, multiste
 
 D_EMBEDDING = 128  # of the time and the label
 NUM_STEPS, GUIDANCE = 32, 2.0  # of sampling, unless told otherwise
-AGAIN = 0.7  # time from which a span is made a second time, and the rest may move with it
-HEED, HEED_UNTIL = 0.05, 0.5  # how much, and until which time, a span heeds what is around it (`_heeding`)
+KNOWN_SHARE = 0.3  # of the clips of a training: those of which a part is known
+LET_GO = 0.9  # time from which what is around a span may move with it, which takes the seams away
 FADE_SECONDS = 0.02  # in a span, from its borders
 WINDOWS = 32  # at most, that go through the network at a time
 SMALLEST_DEVIATION = 1e-4  # of a channel of the data: what never changes is not blown up
@@ -43,6 +42,9 @@ class Flow(nn.Module):
     What is longer than the clips of the training is made through windows as long as those, each of which overlaps the next
     by half or more: at every step they agree on the mean of their velocities. S4D takes any length, but the sums that its
     slowest modes come to in a longer one were never seen, and what it makes of them is mush.
+
+    In training, all of some clips but a span of them is known to the network, which learns to make spans that fit what is
+    around them, and what goes on with a beginning.
 
     Args:
         sample_rate: of the audio it is trained on, in Hz.
@@ -117,6 +119,9 @@ class Flow(nn.Module):
             self.up.append(nn.ConvTranspose1d(wider, width, 2 * stride, stride, padding=padding, output_padding=stride % 2))
             self.blocks_up.append(stage(index))
         self.blocks_inside = stage(len(strides))
+        # Of what is known, and where: zeros, which change nothing, where nothing is.
+        self.enter_known = nn.Conv1d(dims + 1, widths[0], 7, padding=3, bias=False)
+        nn.init.zeros_(self.enter_known.weight)
         # No norm before it: the velocity holds the noise itself, which the shortcuts carry through.
         self.leave = nn.Conv1d(widths[0], dims, 7, padding=3)
         self.data_mean: Tensor
@@ -128,15 +133,25 @@ class Flow(nn.Module):
         self.register_buffer("data_square", torch.ones(dims, 1))
         self.register_buffer("num_batches", torch.zeros(()))
 
-    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
-        """Points (B, D, L) at times (B,), with the numbers of their classes (B,) -> velocities (B, D, L)."""
+    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None, known: Tensor | None = None) -> Tensor:
+        """Points (B, D, L) at times (B,) -> velocities (B, D, L).
+
+        Args:
+            x: the points.
+            time: from 0 (noise) to 1 (data).
+            label: (B,) numbers of their classes.
+            known: (B, D + 1, L), the data where they are known, as x at time 1, and 1 there; elsewhere zeros.
+        """
         if label is not None and not self.classes:
             raise ValueError("there are labels, but the model has no classes; name them when it is built.")
         if label is None:
             label = torch.full(time.shape, len(self.classes), device=time.device)
         embedding = F.gelu(self.embed_time(_waves(time)) + self.embed_label(label))  # (B, E)
         length = x.shape[-1]
-        u = self.enter(F.pad(x, (0, -length % math.prod(self.strides))))
+        padding = (0, -length % math.prod(self.strides))
+        u = self.enter(F.pad(x, padding))
+        if known is not None:
+            u = u + self.enter_known(F.pad(known, padding))
         kept = []
         for blocks, down in zip(self.blocks_down, self.down, strict=True):
             u = _through(blocks, u, embedding)
@@ -155,14 +170,17 @@ class Flow(nn.Module):
         return self
 
     def training_losses(self, audio: Tensor, label: Tensor | None = None) -> dict[str, Tensor]:
-        """`flow`, the mean squared error of the velocity at a random time; also follows the size of the data.
+        """`flow`, the mean squared error of velocities at random times, where data are not known; also follows their size.
 
-        Validation takes the same noise and times for every batch, so that it shows the model and not the draw.
+        Validation knows nothing, and takes the same noise and times for every batch, so that it shows the model and not the
+        draw.
         """
         data = self._data(audio).to(self.data_mean.dtype)  # also where autocast computes the latent in half of it
+        free = torch.ones_like(data[:, :1])
         if self.training:
             self._follow(data)
             time, drawn = torch.rand_like(data[:, 0, 0]), torch.randn_like(data)
+            free = _spans(data)
             if label is not None:
                 withheld = torch.rand(label.shape, device=label.device) < self.label_dropout
                 label = torch.where(withheld, len(self.classes), label)
@@ -171,7 +189,8 @@ class Flow(nn.Module):
             drawn = noise(data.shape, torch.Generator().manual_seed(0)).to(data)
         data = self._normalized(data)
         x = torch.lerp(drawn, data, time.view(-1, 1, 1))
-        return {"flow": F.mse_loss(self(x, time, label).to(x.dtype), data - drawn)}
+        error = self(x, time, label, _known(data, free)).to(x.dtype) - (data - drawn)
+        return {"flow": (free * error.square()).sum() / (data.shape[1] * free.sum()).clamp_min(1)}
 
     @torch.no_grad()
     def sample(
@@ -249,10 +268,9 @@ class Flow(nn.Module):
     ) -> Tensor:
         """The clips with the samples from `start` to `stop` made anew, to fit what is around them.
 
-        The rest is the given audio bit for bit, and what stood in the span has no say. The span is made with the rest as it
-        is, and drawn to what fits that; then again, from a later time, with the rest free to move, which takes the seams
-        away; then the rest is put back, and over 20 ms from its borders the span is moved to where the audio is. The model
-        hears no more of the rest than a clip of its training on each side.
+        The rest is the given audio bit for bit, and what stood in the span has no say. The network is told what is known
+        around the span, up to a clip of its training on each side; at last the rest may move, too, which takes the seams
+        away, and is put back; and over 20 ms from its borders the span is moved to where the audio is.
 
         Args:
             audio: (B, channels, T).
@@ -263,10 +281,6 @@ class Flow(nn.Module):
 
         Raises:
             ValueError: the span is empty or not inside of the clips, or as `sample`.
-
-        Source: Lugmayr et al. 2022, "RePaint: inpainting using denoising diffusion probabilistic models", for the rest as it
-        is known at each time; Pokle et al. 2023, "Training-free linear image inverses via flows", for `_heeding`; the second
-        pass is ours.
         """
         length = audio.shape[-1]
         if not 0 <= start < stop <= length:
@@ -282,14 +296,11 @@ class Flow(nn.Module):
         outside = (places < start) | (places >= stop)
         data = self._normalized(self._data(audio * outside))
         places = torch.arange(data.shape[-1], device=data.device)
-        free = (places >= start // self.frame) & (places < -(-stop // self.frame))
-        velocity = self._velocity(label, guidance)
+        beside = 0 if self.autoencoder is None else 1  # frames next to the span, of which the latent hears the hole
+        free = (places >= start // self.frame - beside) & (places < -(-stop // self.frame) + beside)
+        velocity = self._velocity(label, guidance, _known(data, free.to(data)))
         drawn = noise(data.shape, generator).to(data)
-        heeding = _with_known(_heeding(velocity, free, data), free, data - drawn)
-        x = self._solved(heeding, drawn, flow_times(num_steps))
-        drawn = noise(data.shape, generator).to(data)
-        again = torch.lerp(drawn, torch.where(free, x, data), AGAIN)
-        x = self._solved(velocity, again, flow_times(math.ceil(num_steps * (1 - AGAIN)), AGAIN))
+        x = self._solved(_holding(velocity, free, data - drawn), drawn, flow_times(num_steps))
         fade = min(round(FADE_SECONDS * self.sample_rate), stop - start - 1)  # what one border moves stays off the other
         return torch.where(outside, audio, _joined(audio, self._audio(x, length), start, stop, fade))
 
@@ -346,21 +357,24 @@ class Flow(nn.Module):
         x = torch.stack([_slerp(a, b, index / (num - 1)) for index in range(num)])
         return self._audio(self._solved(self._velocity(label, 1.0), x, times, heun), first.shape[-1])
 
-    def _through_windows(self, x: Tensor, t: float, label: Tensor | None = None) -> Tensor:
+    def _through_windows(self, x: Tensor, t: float, label: Tensor | None = None, known: Tensor | None = None) -> Tensor:
         """The velocities (B, D, L) of points at one time; of more than a clip of the training, the mean over windows."""
         window, length = int(self.trained_length), x.shape[-1]
         if not 0 < window < length:
-            return self(x, x.new_full((len(x),), t), label)
+            return self(x, x.new_full((len(x),), t), label, known)
         count = 1 + math.ceil((length - window) / (window / 2))
         starts = [round(index * (length - window) / (count - 1)) for index in range(count)]
-        views = torch.cat([x[..., start : start + window] for start in starts])  # (count B, D, window)
-        labels = None if label is None else label.repeat(count)
-        # Where a gradient is wanted, its memory is that of WINDOWS, however long x is.
-        forward = partial(checkpoint, self, use_reentrant=False) if torch.is_grad_enabled() else self
+
+        def views(of: Tensor) -> Sequence[Tensor]:  # (count B, D, window), some at a time
+            return torch.cat([of[..., start : start + window] for start in starts]).split(WINDOWS)
+
+        parts = views(x)
+        labels = [None] * len(parts) if label is None else label.repeat(count).split(WINDOWS)
+        knowns = [None] * len(parts) if known is None else views(known)
         found = torch.cat(
             [
-                forward(part, part.new_full((len(part),), t), None if labels is None else labels[first : first + len(part)])
-                for first, part in zip(range(0, len(views), WINDOWS), views.split(WINDOWS), strict=True)
+                self(part, part.new_full((len(part),), t), its_label, its_known)
+                for part, its_label, its_known in zip(parts, labels, knowns, strict=True)
             ]
         )
         # A window counts most in its middle, where it hears as much of what was before as of what comes. In float32 the
@@ -372,22 +386,23 @@ class Flow(nn.Module):
             shares[start : start + window] += share
         return total / shares
 
-    def _velocity(self, label: Tensor | None, guidance: float) -> Velocity:
+    def _velocity(self, label: Tensor | None, guidance: float, known: Tensor | None = None) -> Velocity:
         """What a solver follows, with classifier-free guidance where there are labels."""
         if label is None:
-            return self._through_windows
+            return lambda x, t: self._through_windows(x, t, None, known)
         check_labels(label, self.classes)
         if not 0 <= guidance < math.inf:
             raise ValueError(f"guidance is {guidance}; wanted at least 0, usually 1 to 4.")
         both = torch.cat([label, torch.full_like(label, len(self.classes))])
+        twice = None if known is None else known.repeat(2, 1, 1)
 
         def velocity(x: Tensor, t: float) -> Tensor:
             if len(label) != len(x):
                 raise ValueError(f"label has {len(label)} numbers for {len(x)} clips; wanted one for each.")
             if guidance == 1:
-                return self._through_windows(x, t, label)
-            guided, free = self._through_windows(x.repeat(2, 1, 1), t, both).chunk(2)
-            return torch.lerp(free, guided, guidance)
+                return self._through_windows(x, t, label, known)
+            guided, unguided = self._through_windows(x.repeat(2, 1, 1), t, both, twice).chunk(2)
+            return torch.lerp(unguided, guided, guidance)
 
         return velocity
 
@@ -446,32 +461,29 @@ def _through(blocks: Any, u: Tensor, embedding: Tensor) -> Tensor:
     return u
 
 
-def _heeding(velocity: Velocity, free: Tensor, known: Tensor) -> Velocity:
-    """The velocity, and while loudness, pitch and the like are decided, its pull towards points that fit the known ones.
+def _spans(data: Tensor) -> Tensor:
+    """(B, 1, L) ones where a clip of the training is made, zeros where it is known: all of it, or all but a span.
 
-    Where the clip will end, by the velocity, is about normal around its data, with a variance of
-    (1 - t)^2 / (t^2 + (1 - t)^2) if they have 1. The gradient of the log-probability of the known data, `known` where not
-    `free`, makes them likely; HEED of it, since points of a clip say the same thing many times over. Without it, what
-    `classical-16k` made was 4 dB too quiet, whatever was around it: to set a part of the points alone says too little. With
-    it, it is 1 dB too quiet, and with twice as much as loud as it should be, but spoken digits are 9 dB too loud then.
+    The two ends of a span lie anywhere from a quarter of a clip before it to a quarter after it, so that holes, beginnings
+    and ends all come.
     """
-
-    def heeding(x: Tensor, t: float) -> Tensor:
-        if not 0 < t <= HEED_UNTIL:
-            return velocity(x, t)
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            v = velocity(x, t)
-            end = x + (1 - t) * v
-            (pull,) = torch.autograd.grad(end, x, torch.where(free, 0, known - end).detach())
-        return v.detach() + HEED * (t**2 + (1 - t) ** 2) / (t * (1 - t)) * pull
-
-    return heeding
+    count, length = len(data), data.shape[-1]
+    ends = (1.5 * torch.rand(count, 2, 1, 1, device=data.device, dtype=data.dtype) - 0.25) * length
+    places = torch.arange(length, device=data.device)
+    inside = (places >= ends.amin(1)) & (places < ends.amax(1))
+    whole = torch.rand(count, 1, 1, device=data.device) >= KNOWN_SHARE
+    return (inside | whole).to(data)
 
 
-def _with_known(velocity: Velocity, free: Tensor, known: Tensor) -> Velocity:
-    """The velocity where it is free, (L,) bools, and elsewhere a known one, which does not change on a straight line."""
-    return lambda x, t: torch.where(free, velocity(x, t), known)
+def _known(data: Tensor, free: Tensor) -> Tensor:
+    """What the network is told, (B, D + 1, L), of data that are known where `free`, ones that broadcast, is zero."""
+    known = (1 - free).expand(len(data), 1, -1)
+    return torch.cat([known * data, known], dim=1)
+
+
+def _holding(velocity: Velocity, free: Tensor, known: Tensor) -> Velocity:
+    """The velocity where it is free, (L,) bools, and elsewhere, until LET_GO, a known one that leads to the data."""
+    return lambda x, t: velocity(x, t) if t >= LET_GO else torch.where(free, velocity(x, t), known)
 
 
 def _joined(audio: Tensor, made: Tensor, start: int, stop: int, fade: int) -> Tensor:
