@@ -5,7 +5,7 @@ noise at t = 0 to t = 1 makes a clip. Data are the samples themselves, or the la
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ from s4audio.models.autoencoder import (
     noise,
     within_full_scale,
 )
-from s4audio.models.samplers import Solver, Velocity, flow_times, heun, multistep
+from s4audio.models.samplers import Solver, Velocity, flow_times, heun, multistep, replayed
 
 D_EMBEDDING = 128  # of the time and the label
 NUM_STEPS, GUIDANCE = 32, 2.0  # of sampling, unless told otherwise
@@ -39,12 +39,10 @@ SMALLEST_DEVIATION = 1e-4  # of a channel of the data: what never changes is not
 class Flow(nn.Module):
     """Rectified flow by a U-Net of bidirectional S4D blocks, on raw audio or on the latents of an autoencoder.
 
-    What is longer than the clips of the training is made through windows as long as those, each of which overlaps the next
-    by half or more: at every step they agree on the mean of their velocities. S4D takes any length, but the sums that its
-    slowest modes come to in a longer one were never seen, and what it makes of them is mush.
-
     In training, all of some clips but a span of them is known to the network, which learns to make spans that fit what is
-    around them, and what goes on with a beginning.
+    around them, and what goes on with a beginning. What is longer than a window, which is as long as those clips unless told
+    otherwise, is made so, too: window after window, each of which knows the half of it that is there already. S4D takes any
+    length, but the sums that its slowest modes come to in a longer one were never seen, and what it makes of them is mush.
 
     Args:
         sample_rate: of the audio it is trained on, in Hz.
@@ -55,6 +53,8 @@ class Flow(nn.Module):
         num_blocks: S4D blocks of each stage, outermost first, on the way down and again on the way up; one number for all.
         d_state: real state size of each channel.
         label_dropout: share of the clips whose label is withheld in training, for guidance.
+        window_seconds: of what is made at a time; None are as many as the longest clip of the training has. A flow that
+            makes its clips fainter than the recordings are makes shorter ones louder.
         channels: of the audio.
         dt_min: smallest step size at initialization, in steps of the layer's own rate.
         dt_max: largest step size at initialization.
@@ -63,7 +63,8 @@ class Flow(nn.Module):
         ValueError: arguments that do not fit each other or lie outside their range, or what S4D refuses.
 
     Source: Liu et al. 2023, "Flow straight and fast: learning to generate and transfer data with rectified flow"; guidance
-    from Ho and Salimans 2022, "Classifier-free diffusion guidance"; windows from Bar-Tal et al. 2023, "MultiDiffusion".
+    from Ho and Salimans 2022, "Classifier-free diffusion guidance"; the windows of variations from Bar-Tal et al. 2023,
+    "MultiDiffusion".
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Flow(nn.Module):
         num_blocks: int | Sequence[int] = 2,
         d_state: int = 32,
         label_dropout: float = 0.1,
+        window_seconds: float | None = None,
         channels: int = 1,
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
@@ -91,10 +93,12 @@ class Flow(nn.Module):
             )
         if not 0 <= label_dropout < 1:
             raise ValueError(f"label_dropout is {label_dropout}; wanted at least 0 and below 1.")
+        if window_seconds is not None and not 0 < window_seconds < math.inf:
+            raise ValueError(f"window_seconds is {window_seconds}; wanted more than 0, or null.")
         check_classes(classes)
         _check_autoencoder(autoencoder, sample_rate, channels)
         self.sample_rate, self.classes, self.channels = sample_rate, tuple(classes), channels
-        self.label_dropout = label_dropout
+        self.label_dropout, self.window_seconds = label_dropout, window_seconds
         self.strides, self.widths, self.d_state = tuple(strides), tuple(widths), d_state
         self.num_blocks = num_blocks if isinstance(num_blocks, int) else tuple(num_blocks)
         self.dt_min, self.dt_max = dt_min, dt_max
@@ -218,9 +222,9 @@ class Flow(nn.Module):
         Raises:
             ValueError: a label that does not exist, or an argument outside its range.
         """
-        shape = (batch_size, len(self.data_mean), -(-num_samples // self.frame))
-        x = noise(shape, generator).to(self.data_mean)
-        x = self._solved(self._velocity(label, guidance), x, flow_times(num_steps), solver)
+        length = -(-num_samples // self.frame)
+        nothing = self.data_mean.new_zeros(batch_size, len(self.data_mean), length)
+        x = self._made(nothing, 0, length, generator, label, num_steps, guidance, solver)
         return within_full_scale(self._audio(x, num_samples))
 
     @torch.no_grad()
@@ -247,7 +251,8 @@ class Flow(nn.Module):
         """
         if not 0 <= strength <= 1:
             raise ValueError(f"the variation is {strength}; wanted 0 (the clip itself) to 1 (another clip).")
-        velocity, times = self._velocity(label, guidance), flow_times(num_steps, 1 - strength)
+        velocity = self._velocity(self._through_windows, label, guidance)
+        times = flow_times(num_steps, 1 - strength)
         data = self._data(audio)
         if strength == 0:
             return audio if self.autoencoder is None else self.autoencoder.decode(data, audio.shape[-1])
@@ -269,7 +274,7 @@ class Flow(nn.Module):
         """The clips with the samples from `start` to `stop` made anew, to fit what is around them.
 
         The rest is the given audio bit for bit, and what stood in the span has no say. The network is told what is known
-        around the span, up to a clip of its training on each side; at last the rest may move, too, which takes the seams
+        around the span, up to a window on each side; at last the rest may move, too, which takes the seams
         away, and is put back; and over 20 ms from its borders the span is moved to where the audio is.
 
         Args:
@@ -285,7 +290,7 @@ class Flow(nn.Module):
         length = audio.shape[-1]
         if not 0 <= start < stop <= length:
             raise ValueError(f"the span is {start} to {stop}; wanted one inside of the {length} samples of the clip.")
-        heard = -(-int(self.trained_length) * self.frame // self.hop_length) * self.hop_length or length
+        heard = -(-self._window(length) * self.frame // self.hop_length) * self.hop_length
         first, last = max(0, (start - heard) // self.hop_length * self.hop_length), min(length, stop + heard)
         if (first, last) != (0, length):
             part = audio[..., first:last]
@@ -295,12 +300,9 @@ class Flow(nn.Module):
         places = torch.arange(length, device=audio.device)
         outside = (places < start) | (places >= stop)
         data = self._normalized(self._data(audio * outside))
-        places = torch.arange(data.shape[-1], device=data.device)
         beside = 0 if self.autoencoder is None else 1  # frames next to the span, of which the latent hears the hole
-        free = (places >= start // self.frame - beside) & (places < -(-stop // self.frame) + beside)
-        velocity = self._velocity(label, guidance, _known(data, free.to(data)))
-        drawn = noise(data.shape, generator).to(data)
-        x = self._solved(_holding(velocity, free, data - drawn), drawn, flow_times(num_steps))
+        ends = max(0, start // self.frame - beside), min(data.shape[-1], -(-stop // self.frame) + beside)
+        x = self._made(data, *ends, generator, label, num_steps, guidance)
         fade = min(round(FADE_SECONDS * self.sample_rate), stop - start - 1)  # what one border moves stays off the other
         return torch.where(outside, audio, _joined(audio, self._audio(x, length), start, stop, fade))
 
@@ -353,30 +355,70 @@ class Flow(nn.Module):
         ends = self._normalized(self._data(torch.stack([first, last])))
         label = None if label is None else label.expand(num)
         times = flow_times(num_steps)
-        a, b = self._solved(self._velocity(None if label is None else label[:2], 1.0), ends, times[::-1], heun)
+        ours = partial(self._velocity, self._through_windows, guidance=1.0)
+        a, b = self._solved(ours(None if label is None else label[:2]), ends, times[::-1], heun)
         x = torch.stack([_slerp(a, b, index / (num - 1)) for index in range(num)])
-        return self._audio(self._solved(self._velocity(label, 1.0), x, times, heun), first.shape[-1])
+        return self._audio(self._solved(ours(label), x, times, heun), first.shape[-1])
 
-    def _through_windows(self, x: Tensor, t: float, label: Tensor | None = None, known: Tensor | None = None) -> Tensor:
-        """The velocities (B, D, L) of points at one time; of more than a clip of the training, the mean over windows."""
-        window, length = int(self.trained_length), x.shape[-1]
-        if not 0 < window < length:
-            return self(x, x.new_full((len(x),), t), label, known)
+    def _made(
+        self,
+        data: Tensor,
+        start: int,
+        stop: int,
+        generator: Generators,
+        label: Tensor | None,
+        num_steps: int,
+        guidance: float,
+        solver: Solver = multistep,
+    ) -> Tensor:
+        """Normalized data (B, D, L) with the points from `start` to `stop` made anew, window after window.
+
+        Each knows what is before and behind its part of the span. What is known moves at last with what is made, less and
+        less so away from it.
+        """
+        made, drawn = data.clone(), noise(data.shape, generator).to(data)
+        length = data.shape[-1]
+        window = self._window(length)
+        network, times = replayed(self), flow_times(num_steps)
+        with frozen(self):  # once: the graphs are of these systems
+            while start < stop:
+                rest = stop - start
+                before = (window - rest) // 2 if 2 * rest <= window else window // 2
+                first = min(max(0, start - before), length - window)
+                last = first + window
+                here, places = slice(first, last), torch.arange(first, last, device=data.device)
+                free = (places >= start) & (places < stop)
+                known = _known(made[..., here], free.to(data))
+                velocity = self._velocity(partial(_told, network, known), label, guidance)
+                held = _holding(velocity, free, made[..., here] - drawn[..., here])
+                x = solver(held, drawn[..., here], times)
+                share = torch.minimum(
+                    (places - first + 1) / (start - first + 1), (last - places) / (last - min(stop, last) + 1)
+                )
+                made[..., here] = torch.lerp(made[..., here], x, share.clamp_max(1).to(data))
+                start = last
+        return made
+
+    def _window(self, length: int) -> int:
+        """Points that are made at a time, of so many."""
+        if self.window_seconds is None:
+            return min(int(self.trained_length) or length, length)
+        return min(max(1, round(self.window_seconds * self.sample_rate / self.frame)), length)
+
+    def _through_windows(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
+        """The velocities (B, D, L) of points at one time (B,); of more than a window, the mean over several.
+
+        Each of them overlaps the next by half or more.
+        """
+        length = x.shape[-1]
+        window = self._window(length)
+        if window == length:
+            return self(x, time, label)
         count = 1 + math.ceil((length - window) / (window / 2))
         starts = [round(index * (length - window) / (count - 1)) for index in range(count)]
-
-        def views(of: Tensor) -> Sequence[Tensor]:  # (count B, D, window), some at a time
-            return torch.cat([of[..., start : start + window] for start in starts]).split(WINDOWS)
-
-        parts = views(x)
+        parts = torch.cat([x[..., start : start + window] for start in starts]).split(WINDOWS)  # of (count B, D, window)
         labels = [None] * len(parts) if label is None else label.repeat(count).split(WINDOWS)
-        knowns = [None] * len(parts) if known is None else views(known)
-        found = torch.cat(
-            [
-                self(part, part.new_full((len(part),), t), its_label, its_known)
-                for part, its_label, its_known in zip(parts, labels, knowns, strict=True)
-            ]
-        )
+        found = torch.cat([self(part, time[:1].expand(len(part)), its) for part, its in zip(parts, labels, strict=True)])
         # A window counts most in its middle, where it hears as much of what was before as of what comes. In float32 the
         # ends of a long one would be zero.
         share = torch.hann_window(window + 2, periodic=False, device=x.device, dtype=torch.float64)[1:-1].to(x.dtype)
@@ -386,22 +428,21 @@ class Flow(nn.Module):
             shares[start : start + window] += share
         return total / shares
 
-    def _velocity(self, label: Tensor | None, guidance: float, known: Tensor | None = None) -> Velocity:
-        """What a solver follows, with classifier-free guidance where there are labels."""
+    def _velocity(self, network: Callable[..., Tensor], label: Tensor | None, guidance: float) -> Velocity:
+        """What a solver follows, of a network (x, times, labels) -> velocities: with guidance, where there are labels."""
         if label is None:
-            return lambda x, t: self._through_windows(x, t, None, known)
+            return lambda x, t: network(x, x.new_full((len(x),), t), None)
         check_labels(label, self.classes)
         if not 0 <= guidance < math.inf:
             raise ValueError(f"guidance is {guidance}; wanted at least 0, usually 1 to 4.")
         both = torch.cat([label, torch.full_like(label, len(self.classes))])
-        twice = None if known is None else known.repeat(2, 1, 1)
 
         def velocity(x: Tensor, t: float) -> Tensor:
             if len(label) != len(x):
                 raise ValueError(f"label has {len(label)} numbers for {len(x)} clips; wanted one for each.")
             if guidance == 1:
-                return self._through_windows(x, t, label, known)
-            guided, unguided = self._through_windows(x.repeat(2, 1, 1), t, both, twice).chunk(2)
+                return network(x, x.new_full((len(x),), t), label)
+            guided, unguided = network(x.repeat(2, 1, 1), x.new_full((2 * len(x),), t), both).chunk(2)
             return torch.lerp(unguided, guided, guidance)
 
         return velocity
@@ -479,6 +520,11 @@ def _known(data: Tensor, free: Tensor) -> Tensor:
     """What the network is told, (B, D + 1, L), of data that are known where `free`, ones that broadcast, is zero."""
     known = (1 - free).expand(len(data), 1, -1)
     return torch.cat([known * data, known], dim=1)
+
+
+def _told(network: Callable[..., Tensor], known: Tensor, x: Tensor, time: Tensor, label: Tensor | None) -> Tensor:
+    """Its velocities (n B, D, L), told of what is known of the B clips."""
+    return network(x, time, label, known.repeat(len(x) // len(known), 1, 1))
 
 
 def _holding(velocity: Velocity, free: Tensor, known: Tensor) -> Velocity:

@@ -1,9 +1,14 @@
-"""Solvers of dx/dt = velocity(x, t) from the first of some times to the last; those of `euler` and `heun` may fall, too."""
+"""Solvers of dx/dt = velocity(x, t) from the first of some times to the last; those of `euler` and `heun` may fall, too.
+
+They call a network many times with arguments of one shape: on a GPU, `replayed` does that in a launch each.
+"""
 
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
+import torch
 from torch import Tensor
 
 Velocity = Callable[[Tensor, float], Tensor]
@@ -85,3 +90,42 @@ def flow_times(num_steps: int, start: float = 0.0) -> list[float]:
     width = (highest - lowest) / max(1, num_steps - 1)
     between = [1 / (1 + math.exp(-(lowest + (step + 0.5) * width))) for step in range(num_steps - 1)]
     return [start, *(max(start, t) for t in between), 1.0]
+
+
+def replayed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same function of tensors (and Nones); on a GPU, each shape of theirs is captured as a CUDA graph and replayed.
+
+    Whatever else it depends on is that of the first call, weights too. It must not read numbers back from the GPU.
+    """
+    graphs: dict[tuple[Any, ...], tuple[list[Tensor | None], torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def call(*arguments: Tensor | None) -> Tensor:
+        if arguments[0] is None or not arguments[0].is_cuda:
+            return function(*arguments)
+        shapes = tuple(None if argument is None else argument.shape for argument in arguments)
+        if shapes not in graphs:
+            graphs[shapes] = _captured(function, arguments)
+        inputs, graph, output = graphs[shapes]
+        for ours, given in zip(inputs, arguments, strict=True):
+            if ours is not None and given is not None:
+                ours.copy_(given)
+        graph.replay()
+        return output.clone()
+
+    return call
+
+
+def _captured(
+    function: Callable[..., Tensor], arguments: Sequence[Tensor | None]
+) -> tuple[list[Tensor | None], torch.cuda.CUDAGraph, Tensor]:
+    """Inputs, graph and output, after a run on a stream of its own, which warms libraries up."""
+    inputs = [None if argument is None else argument.clone() for argument in arguments]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        function(*inputs)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a loader's thread may pin memory meanwhile
+        output = function(*inputs)
+    return inputs, graph, output
