@@ -110,9 +110,10 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     wanted = model.state_dict()
     for name in sorted(wanted.keys() | weights.keys()):
         if _form(wanted.get(name)) != _form(weights.get(name)):
+            older = "" if name in weights else " An older s4audio may have written it: train the model again."
             raise CheckpointError(
                 f"{path / WEIGHTS} does not fit {config['class']}: it has {_form(weights.get(name))} where "
-                f"{_form(wanted.get(name))} is wanted as {name}."
+                f"{_form(wanted.get(name))} is wanted as {name}.{older}"
             )
     # Copies: what load_file gives is the file itself, mapped into memory.
     own = {name: value.to(wanted[name].dtype, copy=True) for name, value in weights.items()}

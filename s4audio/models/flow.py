@@ -30,7 +30,7 @@ from s4audio.models.samplers import Solver, Velocity, flow_times, heun, multiste
 D_EMBEDDING = 128  # of the time and the label
 NUM_STEPS, GUIDANCE = 32, 2.0  # of sampling, unless told otherwise
 KNOWN_SHARE = 0.3  # of the clips of a training: those of which a part is known
-LET_GO = 0.9  # time from which what is around a span may move with it, which takes the seams away
+LET_GO = 0.9  # time from which what is around a span may move with it, which takes the seams away; 3 steps reach it
 FADE_SECONDS = 0.02  # in a span, from its borders
 WINDOWS = 32  # at most, that go through the network at a time
 SMALLEST_DEVIATION = 1e-4  # of a channel of the data: what never changes is not blown up
@@ -40,9 +40,9 @@ class Flow(nn.Module):
     """Rectified flow by a U-Net of bidirectional S4D blocks, on raw audio or on the latents of an autoencoder.
 
     In training, all of some clips but a span of them is known to the network, which learns to make spans that fit what is
-    around them, and what goes on with a beginning. What is longer than a window, which is as long as those clips unless told
-    otherwise, is made so, too: window after window, each of which knows the half of it that is there already. S4D takes any
-    length, but the sums that its slowest modes come to in a longer one were never seen, and what it makes of them is mush.
+    around them, and what goes on with a beginning. What is longer than the clips of the training is made so, too: in windows
+    as long as those, one after the other, each of which knows the part of it that is there already. S4D takes any length,
+    but the sums that its slowest modes come to in a longer one were never seen, and what it makes of them is mush.
 
     Args:
         sample_rate: of the audio it is trained on, in Hz.
@@ -53,8 +53,6 @@ class Flow(nn.Module):
         num_blocks: S4D blocks of each stage, outermost first, on the way down and again on the way up; one number for all.
         d_state: real state size of each channel.
         label_dropout: share of the clips whose label is withheld in training, for guidance.
-        window_seconds: of what is made at a time; None are as many as the longest clip of the training has. A flow that
-            makes its clips fainter than the recordings are makes shorter ones louder.
         channels: of the audio.
         dt_min: smallest step size at initialization, in steps of the layer's own rate.
         dt_max: largest step size at initialization.
@@ -78,7 +76,6 @@ class Flow(nn.Module):
         num_blocks: int | Sequence[int] = 2,
         d_state: int = 32,
         label_dropout: float = 0.1,
-        window_seconds: float | None = None,
         channels: int = 1,
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
@@ -93,12 +90,10 @@ class Flow(nn.Module):
             )
         if not 0 <= label_dropout < 1:
             raise ValueError(f"label_dropout is {label_dropout}; wanted at least 0 and below 1.")
-        if window_seconds is not None and not 0 < window_seconds < math.inf:
-            raise ValueError(f"window_seconds is {window_seconds}; wanted more than 0, or null.")
         check_classes(classes)
         _check_autoencoder(autoencoder, sample_rate, channels)
         self.sample_rate, self.classes, self.channels = sample_rate, tuple(classes), channels
-        self.label_dropout, self.window_seconds = label_dropout, window_seconds
+        self.label_dropout = label_dropout
         self.strides, self.widths, self.d_state = tuple(strides), tuple(widths), d_state
         self.num_blocks = num_blocks if isinstance(num_blocks, int) else tuple(num_blocks)
         self.dt_min, self.dt_max = dt_min, dt_max
@@ -138,13 +133,10 @@ class Flow(nn.Module):
         self.register_buffer("num_batches", torch.zeros(()))
 
     def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None, known: Tensor | None = None) -> Tensor:
-        """Points (B, D, L) at times (B,) -> velocities (B, D, L).
+        """Points (B, D, L) at times (B,) from 0 (noise) to 1 (data) -> velocities (B, D, L).
 
-        Args:
-            x: the points.
-            time: from 0 (noise) to 1 (data).
-            label: (B,) numbers of their classes.
-            known: (B, D + 1, L), the data where they are known, as x at time 1, and 1 there; elsewhere zeros.
+        label (B,) are numbers of their classes, and known (B, D + 1, L) the data where they are known, and 1 there; zeros
+        elsewhere.
         """
         if label is not None and not self.classes:
             raise ValueError("there are labels, but the model has no classes; name them when it is built.")
@@ -290,7 +282,7 @@ class Flow(nn.Module):
         length = audio.shape[-1]
         if not 0 <= start < stop <= length:
             raise ValueError(f"the span is {start} to {stop}; wanted one inside of the {length} samples of the clip.")
-        heard = -(-self._window(length) * self.frame // self.hop_length) * self.hop_length
+        heard = -(-self._window(-(-length // self.frame)) * self.frame // self.hop_length) * self.hop_length
         first, last = max(0, (start - heard) // self.hop_length * self.hop_length), min(length, stop + heard)
         if (first, last) != (0, length):
             part = audio[..., first:last]
@@ -373,8 +365,9 @@ class Flow(nn.Module):
     ) -> Tensor:
         """Normalized data (B, D, L) with the points from `start` to `stop` made anew, window after window.
 
-        Each knows what is before and behind its part of the span. What is known moves at last with what is made, less and
-        less so away from it.
+        Each makes as much of the span as the others, or, where nothing is known before, all that it holds, and knows what is
+        before that and, near the span's end, behind it. What is known moves at last with what is made, less and less so
+        away from it.
         """
         made, drawn = data.clone(), noise(data.shape, generator).to(data)
         length = data.shape[-1]
@@ -383,7 +376,8 @@ class Flow(nn.Module):
         with frozen(self):  # once: the graphs are of these systems
             while start < stop:
                 rest = stop - start
-                before = (window - rest) // 2 if 2 * rest <= window else window // 2
+                parts = -(-2 * rest // window)  # of half a window at most
+                before = (window - rest) // 2 if parts == 1 else window - -(-rest // parts)
                 first = min(max(0, start - before), length - window)
                 last = first + window
                 here, places = slice(first, last), torch.arange(first, last, device=data.device)
@@ -400,10 +394,8 @@ class Flow(nn.Module):
         return made
 
     def _window(self, length: int) -> int:
-        """Points that are made at a time, of so many."""
-        if self.window_seconds is None:
-            return min(int(self.trained_length) or length, length)
-        return min(max(1, round(self.window_seconds * self.sample_rate / self.frame)), length)
+        """Points that are made at a time, of so many: a clip of the training, at most."""
+        return min(int(self.trained_length) or length, length)
 
     def _through_windows(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
         """The velocities (B, D, L) of points at one time (B,); of more than a window, the mean over several.
@@ -503,7 +495,7 @@ def _through(blocks: Any, u: Tensor, embedding: Tensor) -> Tensor:
 
 
 def _spans(data: Tensor) -> Tensor:
-    """(B, 1, L) ones where a clip of the training is made, zeros where it is known: all of it, or all but a span.
+    """(B, 1, L) ones where a clip of the training is made, everywhere or in a span, and zeros where it is known.
 
     The two ends of a span lie anywhere from a quarter of a clip before it to a quarter after it, so that holes, beginnings
     and ends all come.
@@ -524,7 +516,7 @@ def _known(data: Tensor, free: Tensor) -> Tensor:
 
 def _told(network: Callable[..., Tensor], known: Tensor, x: Tensor, time: Tensor, label: Tensor | None) -> Tensor:
     """Its velocities (n B, D, L), told of what is known of the B clips."""
-    return network(x, time, label, known.repeat(len(x) // len(known), 1, 1))
+    return network(x, time, label, known.repeat(len(x) // max(1, len(known)), 1, 1))
 
 
 def _holding(velocity: Velocity, free: Tensor, known: Tensor) -> Velocity:

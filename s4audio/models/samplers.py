@@ -6,7 +6,6 @@ They call a network many times with arguments of one shape: on a GPU, `replayed`
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,24 +92,25 @@ def flow_times(num_steps: int, start: float = 0.0) -> list[float]:
 
 
 def replayed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The same function of tensors (and Nones); on a GPU, each shape of theirs is captured as a CUDA graph and replayed.
+    """The same function of tensors (and Nones) of shapes that stay; on a GPU it is captured as a CUDA graph, and replayed.
 
-    Whatever else it depends on is that of the first call, weights too. It must not read numbers back from the GPU.
+    Whatever else it depends on must stay where it is in memory, and it must not read numbers back from the GPU.
     """
-    graphs: dict[tuple[Any, ...], tuple[list[Tensor | None], torch.cuda.CUDAGraph, Tensor]] = {}
+    captured: list[tuple[list[Tensor | None], torch.cuda.CUDAGraph, Tensor]] = []
 
     def call(*arguments: Tensor | None) -> Tensor:
-        if arguments[0] is None or not arguments[0].is_cuda:
+        device = next(argument.device for argument in arguments if argument is not None)
+        if device.type != "cuda":
             return function(*arguments)
-        shapes = tuple(None if argument is None else argument.shape for argument in arguments)
-        if shapes not in graphs:
-            graphs[shapes] = _captured(function, arguments)
-        inputs, graph, output = graphs[shapes]
-        for ours, given in zip(inputs, arguments, strict=True):
-            if ours is not None and given is not None:
-                ours.copy_(given)
-        graph.replay()
-        return output.clone()
+        with torch.cuda.device(device):
+            if not captured:
+                captured.append(_captured(function, arguments))
+            inputs, graph, output = captured[0]
+            for ours, given in zip(inputs, arguments, strict=True):
+                if ours is not None and given is not None:
+                    ours.copy_(given)
+            graph.replay()
+            return output.clone()
 
     return call
 
@@ -118,14 +118,11 @@ def replayed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def _captured(
     function: Callable[..., Tensor], arguments: Sequence[Tensor | None]
 ) -> tuple[list[Tensor | None], torch.cuda.CUDAGraph, Tensor]:
-    """Inputs, graph and output, after a run on a stream of its own, which warms libraries up."""
+    """Inputs, graph and output."""
     inputs = [None if argument is None else argument.clone() for argument in arguments]
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        function(*inputs)
-    torch.cuda.current_stream().wait_stream(side)
+    function(*inputs)  # compiles kernels and makes what frozen layers keep
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a loader's thread may pin memory meanwhile
+    stream = torch.cuda.Stream()  # torch would capture on one of the first device that it ever captured on
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # a loader may pin memory meanwhile
         output = function(*inputs)
     return inputs, graph, output

@@ -166,11 +166,11 @@ def test_a_longer_clip_is_varied_through_windows_of_the_training(monkeypatch):
 
 
 def makes_threes(monkeypatch, model: Flow) -> list[torch.Tensor]:
-    """The velocity that ends at 3, whatever it is told; that is put down."""
+    """The velocity that ends at 3, whatever it is told; that, (2, L), is put down."""
     seen: list[torch.Tensor] = []
 
     def forward(x, time, label=None, known=None):
-        seen.append(known[0, 1])
+        seen.append(known[0])
         return (3 - x) / (1 - time).view(-1, 1, 1)
 
     monkeypatch.setattr(model, "forward", forward)
@@ -178,19 +178,22 @@ def makes_threes(monkeypatch, model: Flow) -> list[torch.Tensor]:
 
 
 def test_a_longer_clip_is_made_window_after_window(monkeypatch):
-    """All of the first, then half of each; the last knows more, where there is less to make."""
+    """All of the first, then parts of equal length, each told of what the windows before it made."""
     model = flow().eval()
     model.trained_length.fill_(40)
     seen = makes_threes(monkeypatch, model)
     torch.testing.assert_close(model._made(torch.zeros(1, 1, 90), 0, 90, None, None, 1, 1.0), torch.full((1, 1, 90), 3.0))
-    assert [int(known.sum()) for known in seen] == [0, 20, 20, 30] and {len(known) for known in seen} == {40}
-    assert all((known.diff() <= 0).all() for known in seen)
+    assert [int(known[1].sum()) for known in seen] == [0, 23, 23, 24] and {known.shape[-1] for known in seen} == {40}
+    for known in seen:
+        assert (known[1].diff() <= 0).all()
+        torch.testing.assert_close(known[0], 3 * known[1])
 
 
 @pytest.mark.parametrize(
     ("span", "known"),
     [
-        ((30, 70), [(20, 0), (10, 10)]),  # a window from its first half on, then the rest, in the middle of a window
+        ((30, 70), [(20, 0), (10, 10)]),  # half of it at the end of a window, and the rest in the middle of one
+        ((30, 51), [(29, 0), (15, 15)]),  # 11 and 10
         ((30, 46), [(12, 12)]),
         ((2, 12), [(2, 28)]),  # from the clip's start
         ((0, 50), [(0, 0), (15, 15)]),
@@ -204,8 +207,9 @@ def test_the_windows_of_a_span_know_what_is_before_and_behind_it(span, known, mo
     seen = makes_threes(monkeypatch, model)
     data = torch.rand(1, 1, 100)
     made = model._made(data.clone(), *span, None, None, 1, 1.0)
-    told = [(int(k.cumprod(0).sum()), int(k.flip(0).cumprod(0).sum())) for k in seen]
-    assert told == known and [int(k.sum()) for k in seen] == [sum(pair) for pair in known]
+    masks = [told[1] for told in seen]
+    told = [(int(mask.cumprod(0).sum()), int(mask.flip(0).cumprod(0).sum())) for mask in masks]
+    assert told == known and [int(mask.sum()) for mask in masks] == [sum(pair) for pair in known]
     torch.testing.assert_close(made[..., slice(*span)], torch.full((1, 1, span[1] - span[0]), 3.0))
 
 
@@ -220,15 +224,6 @@ def test_what_was_known_moves_less_the_farther_it_is_from_what_is_made(monkeypat
     torch.testing.assert_close(made[50:65], made[25:40].flip(0))
 
 
-@pytest.mark.parametrize(("seconds", "points"), [(None, 100), (0.004, 4), (0.1, 100), (9.0, 500), (1e-9, 1)])
-def test_a_window_is_as_long_as_it_is_told_to_be(seconds, points):
-    """Of 500 points, 8 samples each."""
-    model = latent_flow(window_seconds=seconds)
-    model.trained_length.fill_(100)
-    assert model._window(500) == points and model._window(3) == min(3, points)
-    assert latent_flow()._window(500) == 500
-
-
 def test_windows_change_little_where_a_point_hears_only_itself(monkeypatch):
     """What is made stays but for its last move, with the next window; of the last one there is none."""
     model = flow().eval()
@@ -236,7 +231,8 @@ def test_windows_change_little_where_a_point_hears_only_itself(monkeypatch):
     whole = model.sample(2, 64, generator=seeded(1))
     model.trained_length.fill_(24)
     made = model.sample(2, 64, generator=seeded(1))
-    torch.testing.assert_close(made, whole, rtol=0, atol=0.3)
+    torch.testing.assert_close(made, whole, rtol=0, atol=0.3)  # 0.1 is how much of x is noise when it moves; 0.16 of 128
+    assert torch.equal(made[..., :10], whole[..., :10])  # no window but the first has them
     torch.testing.assert_close(made[..., 60:], whole[..., 60:])
 
 
@@ -358,8 +354,8 @@ def test_a_share_of_the_clips_of_a_training_is_known_but_for_a_span():
     """Of those, the span begins, ends, or does both within the clip, as two ends from a quarter before to one behind do."""
     free = flow_module._spans(torch.zeros(20_000, 1, 120))[:, 0]
     assert set(free.unique().tolist()) == {0.0, 1.0}
-    assert (free.diff().abs().sum(1) <= 2).all() and (free.diff().min(1).values[free[:, 0] == 0] >= -1).all()
     first, last = free[:, 0] == 1, free[:, -1] == 1
+    assert (free.diff().abs().sum(1) <= 2).all() and (free[first & last] == 1).all()
     holed = ~first & ~last & (free.sum(1) > 0)
     share = KNOWN_SHARE / 6**2  # of two ends that fall a sixth each before and behind, and four sixths within
     for found, wanted in (
@@ -500,21 +496,39 @@ def test_a_hole_in_a_sine_is_filled_and_a_sine_goes_on_without_a_seam(trained):
         assert max(steps[:, border - 1].max() for border in borders) <= inside.max()
 
 
+def hears_what_is_known(model: Flow) -> Flow:
+    """As after a training."""
+    torch.nn.init.normal_(model.enter_known.weight, std=0.3)
+    return model
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["raw", "latent"])
+@pytest.mark.parametrize("name", ["raw", "latent", "labelled"])
 def test_gpu_sampling_is_that_of_the_cpu(name):
-    """Window after window, by graphs."""
-    model = MODELS[name]().eval()
+    """Window after window, by a graph."""
+    model = hears_what_is_known(MODELS[name]().eval())
     model.trained_length.fill_(300)
-    wanted = model.sample(2, 5000, generator=[seeded(1), seeded(2)])
-    found = model.cuda().sample(2, 5000, generator=[seeded(1), seeded(2)])
+    label = torch.tensor([0, 1]) if name == "labelled" else None
+    wanted = model.sample(2, 5000, generator=[seeded(1), seeded(2)], label=label)
+    label = None if label is None else label.cuda()
+    found = model.cuda().sample(2, 5000, generator=[seeded(1), seeded(2)], label=label)
     assert found.is_cuda and (found.cpu() - wanted).abs().max() < 1e-3  # float32, in another order
+
+
+@pytest.mark.gpu
+def test_gpu_memory_does_not_grow_with_samples():
+    model = flow().eval().cuda()
+    model.sample(1, 5000, num_steps=2)
+    before = torch.cuda.memory_allocated()
+    for _ in range(40):
+        model.sample(1, 5000, num_steps=2)
+    assert torch.cuda.memory_allocated() - before < 2**20
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["raw", "latent"])
 def test_gpu_inpainting_is_that_of_the_cpu(name):
-    model, audio = MODELS[name]().eval(), 0.1 * torch.randn(2, 1, 5000)
+    model, audio = hears_what_is_known(MODELS[name]().eval()), 0.1 * torch.randn(2, 1, 5000)
     wanted = model.inpaint(audio, 2000, 3000, [seeded(1), seeded(2)], num_steps=8)
     found = model.cuda().inpaint(audio.cuda(), 2000, 3000, [seeded(1), seeded(2)], num_steps=8)
     assert found.is_cuda and (found.cpu() - wanted).abs().max() < 1e-3
@@ -523,7 +537,7 @@ def test_gpu_inpainting_is_that_of_the_cpu(name):
 @pytest.mark.gpu
 @pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="other tests take their share of the GPU")
 def test_gpu_ten_seconds_take_less_than_one():
-    """Of the pretrained model, in windows of four, one after the other."""
+    """Of the pretrained model."""
     model: Any = load("classical-16k", "cuda")
     model.sample(1, 160_000)
     torch.cuda.synchronize()
@@ -542,7 +556,6 @@ def test_gpu_ten_seconds_take_less_than_one():
         ({"widths": (4, 4)}, "widths has 2 entries and strides 2"),
         ({"num_blocks": 0}, "a block somewhere"),
         ({"label_dropout": 1.0}, "label_dropout is 1.0"),
-        ({"window_seconds": 0}, "window_seconds is 0; wanted more than 0"),
         ({"classes": "ab"}, "classes is 'ab'; wanted a list of names, each once"),
         ({"classes": ("a", "a")}, "wanted a list of names, each once"),
         ({"autoencoder": S4Model(1, 2, 4, 1)}, "autoencoder is a S4Model"),
