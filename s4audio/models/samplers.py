@@ -3,6 +3,7 @@
 They call a network many times with arguments of one shape: on a GPU, `replayed` does that in a launch each.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -122,7 +123,13 @@ def _captured(
     inputs = [None if argument is None else argument.clone() for argument in arguments]
     function(*inputs)  # compiles kernels and makes what frozen layers keep
     graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.Stream()  # torch would capture on one of the first device that it ever captured on
+    stream = _capture_stream(torch.cuda.current_device())
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # a loader may pin memory meanwhile
         output = function(*inputs)
     return inputs, graph, output
+
+
+@functools.cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    """Torch's own is of the first device that it ever captured on, and cuBLAS keeps a workspace for each stream."""
+    return torch.cuda.Stream(device)
