@@ -266,7 +266,7 @@ class Flow(nn.Module):
         """The clips with the samples from `start` to `stop` made anew, to fit what is around them.
 
         The rest is the given audio bit for bit, and what stood in the span has no say. The network is told what is known
-        around the span, up to a window on each side; at last the rest may move, too, which takes the seams
+        around the span, as much as fits into a window with it; at last the rest may move, too, which takes the seams
         away, and is put back; and over 20 ms from its borders the span is moved to where the audio is.
 
         Args:

@@ -12,6 +12,7 @@ from s4audio import CausalAutoencoder, Flow, checkpoint, load, save
 from s4audio.audio import read_audio
 from s4audio.cli import generate as module
 from s4audio.cli import main
+from s4audio.models.flow import GUIDANCE, NUM_STEPS
 from tests.cli.commands import refused, wav
 
 
@@ -231,3 +232,10 @@ def test_the_note_names_every_model_once(model, raw, tmp_path):
             main(["generate", str(each), "--from", "noise", "--num", "1", "--seconds", "0.1", "--out", str(tmp_path)]) == 0
         )
     assert [note["class"] for note in module.made_by(tmp_path)[0]] == ["Flow", "CausalAutoencoder"]
+
+
+def test_help_names_the_defaults(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"of a flow's solver (default {NUM_STEPS})" in told and f"follows the label (default {GUIDANCE:g})" in told
