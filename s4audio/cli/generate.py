@@ -56,7 +56,9 @@ def generate(arguments: list[str]) -> None:
     )
     parser.add_argument("--label", help="what to make, by the name of a class")
     parser.add_argument("--steps", dest="num_steps", type=int, help="of a flow's solver (default 32): 4 are quick, 50 exact")
-    parser.add_argument("--guidance", type=float, help="how closely a flow follows the label (default 2): 1 as learned, 4 exaggerates")
+    parser.add_argument(
+        "--guidance", type=float, help="how closely a flow follows the label (default 2): 1 as learned, 4 exaggerates"
+    )
     parser.add_argument("--temperature", type=float, help="of each drawn sample: below 1 takes fewer risks")
     parser.add_argument("--top-p", type=float, help="draw each sample among the likeliest, this probability in all")
     how = parser.add_mutually_exclusive_group()

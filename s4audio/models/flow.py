@@ -29,10 +29,10 @@ from s4audio.models.samplers import Solver, Velocity, flow_times, heun, multiste
 
 D_EMBEDDING = 128  # of the time and the label
 NUM_STEPS, GUIDANCE = 32, 2.0  # of sampling, unless told otherwise
-KNOWN_SHARE = 0.3  # of the clips of a training: those of which a part is known
+KNOWN_SHARE = 0.3  # of the clips of a training: those that are known but for a span
 LET_GO = 0.9  # time from which what is around a span may move with it, which takes the seams away; 3 steps reach it
 FADE_SECONDS = 0.02  # in a span, from its borders
-WINDOWS = 32  # at most, that go through the network at a time
+WINDOWS = 32  # of a variation, at most, that go through the network at a time
 SMALLEST_DEVIATION = 1e-4  # of a channel of the data: what never changes is not blown up
 
 
@@ -166,7 +166,7 @@ class Flow(nn.Module):
         return self
 
     def training_losses(self, audio: Tensor, label: Tensor | None = None) -> dict[str, Tensor]:
-        """`flow`, the mean squared error of velocities at random times, where data are not known; also follows their size.
+        """`flow`, the mean squared error of velocities at random times, 0 where data are known; also follows their size.
 
         Validation knows nothing, and takes the same noise and times for every batch, so that it shows the model and not the
         draw.
@@ -186,7 +186,7 @@ class Flow(nn.Module):
         data = self._normalized(data)
         x = torch.lerp(drawn, data, time.view(-1, 1, 1))
         error = self(x, time, label, _known(data, free)).to(x.dtype) - (data - drawn)
-        return {"flow": (free * error.square()).sum() / (data.shape[1] * free.sum()).clamp_min(1)}
+        return {"flow": (free * error.square()).mean()}  # over all, so that a batch can be taken in parts
 
     @torch.no_grad()
     def sample(
@@ -266,8 +266,9 @@ class Flow(nn.Module):
         """The clips with the samples from `start` to `stop` made anew, to fit what is around them.
 
         The rest is the given audio bit for bit, and what stood in the span has no say. The network is told what is known
-        around the span, as much as fits into a window with it; at last the rest may move, too, which takes the seams
-        away, and is put back; and over 20 ms from its borders the span is moved to where the audio is.
+        around the span, as much as fits into a window with it; of a span of more than half a window, what is behind is told
+        to the last windows only. At last the rest may move, too, which takes the seams away, and is put back; and over 20 ms
+        from its borders the span is moved to where the audio is.
 
         Args:
             audio: (B, channels, T).
@@ -283,7 +284,7 @@ class Flow(nn.Module):
         if not 0 <= start < stop <= length:
             raise ValueError(f"the span is {start} to {stop}; wanted one inside of the {length} samples of the clip.")
         heard = -(-self._window(-(-length // self.frame)) * self.frame // self.hop_length) * self.hop_length
-        first, last = max(0, (start - heard) // self.hop_length * self.hop_length), min(length, stop + heard)
+        first, last = max(0, start - heard), min(length, stop + heard)
         if (first, last) != (0, length):
             part = audio[..., first:last]
             how: dict[str, Any] = {"label": label, "num_steps": num_steps, "guidance": guidance}
@@ -365,8 +366,8 @@ class Flow(nn.Module):
     ) -> Tensor:
         """Normalized data (B, D, L) with the points from `start` to `stop` made anew, window after window.
 
-        Each makes as much of the span as the others, or, where nothing is known before, all that it holds, and knows what is
-        before that and, near the span's end, behind it. What is known moves at last with what is made, less and less so
+        Each makes as much of the span as the others, or, where too little is known before, all that it holds, and knows what
+        is before that and, near the span's end, behind it. What is known moves at last with what is made, less and less so
         away from it.
         """
         made, drawn = data.clone(), noise(data.shape, generator).to(data)
