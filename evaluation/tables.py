@@ -207,6 +207,17 @@ def generators() -> str:
     return table(*rows)
 
 
+def copies() -> str:
+    rows: list[tuple[str, ...]] = [("", "clips", "seconds", "median", "highest tenth from", "highest")]
+    for path in sorted(RESULTS.glob("copies_*.json")):
+        found = json.loads(path.read_text())
+        for row in found["rows"]:
+            who = "the test clips" if row["clips"] == "test" else row["clips"]
+            scores = (number(row[key]) for key in ("median", "highest_tenth", "highest"))
+            rows.append((f"{path.stem.partition('_')[2]}: {who}", str(row["number"]), f"{found['seconds']:g}", *scores))
+    return table(*rows)
+
+
 def scores_of(judged: dict[str, Any], log_mel: dict[str, Any]) -> tuple[str, ...]:
     def with_interval(scores: dict[str, Any], key: str) -> str:
         if scores[key] is None:
@@ -245,6 +256,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "train_step": train_step,
     "scifar": scifar,
     "generators": generators,
+    "copies": copies,
     "likelihood": likelihood,
 }
 

@@ -560,3 +560,40 @@ def test_the_recognizer_is_trained_and_then_only_asked():
     torch.manual_seed(0)
     model = train(torch.randn(4, 8000), torch.tensor([0, 1, 0, 1]), 2)
     assert not any(module.training for module in model.modules()) and model.num_classes == 2
+
+
+def test_copies_are_found_sample_for_sample(tmp_path):
+    """At any place, fainter and upside down, or half hidden in noise; what is nearly silent is not asked."""
+    torch.manual_seed(0)
+    train, clips = 0.1 * torch.randn(70, 4000), 0.1 * torch.randn(5, 3000)
+    clips[1, 1000:1500] = -0.5 * train[69, 3333:3833]
+    clips[2, 500:1000] = train[3, 700:1200] + 0.1 * torch.randn(500)
+    clips[3] = 0.01 * train[4, :3000]
+    clips[4, :500] = train[5, 3500:]
+    likest = runpy.run_path(str(ROOT / "evaluation" / "copies.py"))["likest"]
+    values, places = likest(clips, train, 500)
+    assert values[0] < 0.3 and values[3] == 0
+    assert values[[1, 2, 4]].tolist() == pytest.approx([1, 0.5**0.5, 1], abs=0.05)
+    assert places[[1, 2, 4]].tolist() == [69, 3, 5]
+    windows = clips[0].unfold(0, 500, 250).double().numpy()
+    wanted = max(
+        np.abs(np.correlate(clip, window, "valid") / np.sqrt(np.correlate(clip**2, np.ones(500), "valid"))).max()
+        / np.linalg.norm(window)
+        for clip in train.double().numpy() for window in windows
+    )  # fmt: skip
+    assert values[0].item() == pytest.approx(wanted, rel=1e-4)
+    for name, audio in (("train", train), ("test", clips[:1]), ("model", clips[:3])):
+        for index, clip in enumerate(audio):
+            (tmp_path / name).mkdir(exist_ok=True)
+            soundfile.write(tmp_path / name / f"{index:02}.wav", clip.numpy(), 1000)
+    told = run("copies.py", str(tmp_path), "--seconds", "0.5", "--json", str(tmp_path / "c.json"))
+    rows = json.loads((tmp_path / "c.json").read_text())["rows"]
+    assert [(row["clips"], row["number"]) for row in rows] == [("test", 1), ("model", 3)]
+    assert rows[1]["highest"] == pytest.approx(1, abs=1e-3) and "highest 1.00, of 01.wav with training clip 69.wav" in told
+    assert rows[0]["highest"] == pytest.approx(wanted, abs=1e-3)
+    for folder, seconds, says in (
+        (tmp_path, "5", "at most the 4 s of a clip"),
+        (tmp_path / "train", "1", "no folder train"),
+    ):
+        command = [sys.executable, "evaluation/copies.py", str(folder), "--seconds", seconds]
+        assert says in subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stderr
