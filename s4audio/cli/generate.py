@@ -55,7 +55,9 @@ def generate(arguments: list[str]) -> None:
         "--seconds", type=float, help="length of a clip made from noise (default 10; of a model with labels, as in training)"
     )
     parser.add_argument("--label", help="what to make, by the name of a class")
-    parser.add_argument("--steps", dest="num_steps", type=int, help="of a flow's solver (default 32): 4 are quick, 50 exact")
+    parser.add_argument(
+        "--steps", dest="num_steps", type=int, help="of a flow's solver (default 32): fewer are quicker and fainter"
+    )
     parser.add_argument(
         "--guidance", type=float, help="how closely a flow follows the label (default 2): 1 as learned, 4 exaggerates"
     )
@@ -80,17 +82,17 @@ def generate(arguments: list[str]) -> None:
     options = _options(model, method, args)
     training = checkpoint.read_config(args.model)["training"]
     how_loud = args.normalize or training.get("normalize", "none")
+    of_a_label = training.get("clip_seconds") if getattr(model, "classes", ()) else None
+    if of_a_label and (method == "continue_" or (args.seconds or 0) > of_a_label):
+        print(f"note:     {args.model} learned one label a clip, clips of {of_a_label:g} s; longer ones are unlike them")
     if method == "sample":
-        of_a_label = training.get("clip_seconds") if getattr(model, "classes", ()) else None
-        if of_a_label and (args.seconds or 0) > of_a_label:
-            print(f"note:     {args.model} learned one label a clip, clips of {of_a_label:g} s; longer ones are unlike them")
         made = _from_noise(model, options, args, args.seconds or of_a_label or SECONDS)
     elif method == "interpolate":
         made = _between(model, options, args, sources, how_loud)
     else:
         made = _from_recordings(model, options, args, sources, how_loud, method, what)
     out, seconds, started = Path(args.out), 0.0, time.monotonic()
-    is_new = not out.exists()
+    new = [folder for folder in (out, *out.parents) if not folder.exists()]
     out.mkdir(parents=True, exist_ok=True)
     try:
         with torch.no_grad():
@@ -99,8 +101,9 @@ def generate(arguments: list[str]) -> None:
                     _record(out, args)
                 seconds += _write(out, name, clips, model.sample_rate)
     finally:
-        if is_new and not any(out.iterdir()):
-            out.rmdir()
+        for folder in new:
+            if not any(folder.iterdir()):
+                folder.rmdir()
     took = time.monotonic() - started
     print(f"{seconds:.1f} s of audio in {took:.1f} s, at {model.sample_rate} Hz, in {out}")
 
@@ -251,6 +254,8 @@ def _from_recordings(
         yield name, {"input": audio, f"output, {title}": estimate}
     if len(failures) == len(files):
         raise AudioError(f"none of the {len(files)} recordings could be used.")
+    if failures:
+        print(f"skipped {len(failures)} of {len(files)} recordings", file=sys.stderr)
 
 
 def _in_samples(method: str, what: Any, audio: Tensor, rate: int, file: Path) -> tuple[Any, ...]:
@@ -264,7 +269,9 @@ def _in_samples(method: str, what: Any, audio: Tensor, rate: int, file: Path) ->
     if method == "continue_":
         return (max(1, round(what * rate)),)
     start, stop = (round(seconds * rate) for seconds in what)
-    if not start < stop <= audio.shape[-1]:
+    if start == stop:
+        raise AudioError(f"--inpaint asks for {what[0]:g} to {what[1]:g} s, which is not even a sample at {rate} Hz.")
+    if stop > audio.shape[-1]:
         length = audio.shape[-1] / rate
         raise AudioError(f"{file} is {length:.2f} s long, and --inpaint asks for {what[0]:g} to {what[1]:g} s.")
     return start, stop

@@ -435,9 +435,13 @@ def check_classes(classes: Sequence[str]) -> None:
 
 
 def check_labels(label: Tensor, classes: Sequence[str]) -> None:
-    """Raises: ValueError, if one of the numbers is that of no class."""
+    """Raises: ValueError, if it is no tensor, or one of the numbers is that of no class."""
+    if not isinstance(label, Tensor):
+        raise ValueError(f"label is {label!r}; wanted a tensor of the numbers of classes, one for each clip.")
+    if not classes:
+        raise ValueError(f"label is {label.tolist()}, and the model has no classes; leave it out.")
     if label.numel() and not 0 <= int(label.min()) <= int(label.max()) < len(classes):
-        raise ValueError(f"label is {label.tolist()}; wanted numbers below {len(classes)}, of the model's classes.")
+        raise ValueError(f"label is {label.tolist()}; wanted numbers from 0 to {len(classes) - 1}, of the model's classes.")
 
 
 def check_stages(widths: Sequence[int], strides: Sequence[int]) -> None:

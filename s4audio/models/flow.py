@@ -30,6 +30,7 @@ from s4audio.models.samplers import Solver, Velocity, flow_times, heun, multiste
 D_EMBEDDING = 128  # of the time and the label
 NUM_STEPS, GUIDANCE = 32, 2.0  # of sampling, unless told otherwise
 KNOWN_SHARE = 0.3  # of the clips of a training: those that are known but for a span
+KNOWN_GUIDANCE = 2.0  # as of a label: 1 follows what was learned of what is around a span, and is too faint
 LET_GO = 0.9  # time from which what is around a span may move with it, which takes the seams away; 3 steps reach it
 FADE_SECONDS = 0.02  # in a span, from its borders
 WINDOWS = 32  # of a variation, at most, that go through the network at a time
@@ -207,7 +208,7 @@ class Flow(nn.Module):
             num_samples: of each clip.
             label: (B,) numbers of classes; None leaves it to the noise.
             generator: one, or one per clip.
-            num_steps: of the solver; 4 are quick, 50 exact.
+            num_steps: of the solver; fewer are quicker and fainter: clips of `classical-16k` by 14 dB at 4, 3 at 8, 1 at 16.
             guidance: 1 follows what was learned of the label, more than 1 exaggerates it, 0 forgets it.
             solver: one of samplers.
 
@@ -267,8 +268,9 @@ class Flow(nn.Module):
 
         The rest is the given audio bit for bit, and what stood in the span has no say. The network is told what is known
         around the span, as much as fits into a window with it; of a span of more than half a window, what is behind is told
-        to the last windows only. At last the rest may move, too, which takes the seams away, and is put back; and over 20 ms
-        from its borders the span is moved to where the audio is.
+        to the last windows only. It is heeded more than was learned, as a label is (KNOWN_GUIDANCE). At last the rest may
+        move, too, which takes the seams away, and is put back; and over 20 ms from its borders the span is moved to where
+        the audio is.
 
         Args:
             audio: (B, channels, T).
@@ -384,7 +386,8 @@ class Flow(nn.Module):
                 here, places = slice(first, last), torch.arange(first, last, device=data.device)
                 free = (places >= start) & (places < stop)
                 known = _known(made[..., here], free.to(data))
-                velocity = self._velocity(partial(_told, network, known), label, guidance)
+                heed = KNOWN_GUIDANCE if first < start or stop < last else 1.0
+                velocity = self._velocity(partial(_told, network, known, heed), label, guidance)
                 held = _holding(velocity, free, made[..., here] - drawn[..., here])
                 x = solver(held, drawn[..., here], times)
                 share = torch.minimum(
@@ -515,9 +518,13 @@ def _known(data: Tensor, free: Tensor) -> Tensor:
     return torch.cat([known * data, known], dim=1)
 
 
-def _told(network: Callable[..., Tensor], known: Tensor, x: Tensor, time: Tensor, label: Tensor | None) -> Tensor:
-    """Its velocities (n B, D, L), told of what is known of the B clips."""
-    return network(x, time, label, known.repeat(len(x) // max(1, len(known)), 1, 1))
+def _told(
+    network: Callable[..., Tensor], known: Tensor, heed: float, x: Tensor, time: Tensor, label: Tensor | None
+) -> Tensor:
+    """Its velocities (n B, D, L), told of what is known of the B clips; `heed` of 2 goes twice as far as was learned."""
+    known = known.repeat(len(x) // max(1, len(known)), 1, 1)
+    told = network(x, time, label, known)
+    return told if heed == 1 else torch.lerp(network(x, time, label, torch.zeros_like(known)), told, heed)
 
 
 def _holding(velocity: Velocity, free: Tensor, known: Tensor) -> Velocity:

@@ -131,6 +131,7 @@ def test_an_interpolation_goes_from_one_recording_to_the_other(raw, folder, tmp_
         ("--from TONE --inpaint 2:1", "wanted a start of at least 0 and a later stop"),
         ("--from TONE --inpaint nan:1", "wanted a start of at least 0 and a later stop"),
         ("--from TONE --inpaint 1.5:2.5", "is 2.00 s long, and --inpaint asks for 1.5 to 2.5 s"),
+        ("--from TONE --inpaint 1:1.00001", "asks for 1 to 1.00001 s, which is not even a sample at 4000 Hz"),
         ("--from TONE --continue 0", "--continue is 0; wanted a positive number of seconds"),
         ("--from TONE --continue inf", "--continue is inf; wanted a positive number of seconds"),
         ("--from TONE --continue 1 --variation 0.5", "not allowed with argument"),
@@ -213,6 +214,16 @@ def test_a_value_that_the_model_refuses_leaves_no_folder(capsys, raw, tmp_path):
     (tmp_path / "out").mkdir()  # and one that was there stays
     refused(capsys, "generate", str(raw), *options)
     assert (tmp_path / "out").is_dir() and not list((tmp_path / "out").iterdir())
+    refused(capsys, "generate", str(raw), *options[:-1], str(tmp_path / "out" / "p" / "q"))
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_of_a_model_with_labels_a_continuation_is_unlike_its_clips(capsys, raw, latent, folder, tmp_path):
+    options = ("--from", str(folder / "tone0.wav"), "--continue", "0.1", "--steps", "2", "--out", str(tmp_path / "out"))
+    assert main(["generate", str(raw), *options]) == 0
+    assert "learned one label a clip, clips of 0.3 s; longer ones are unlike them" in capsys.readouterr().out
+    assert main(["generate", str(latent), *options]) == 0
+    assert "note:" not in capsys.readouterr().out
 
 
 def test_each_end_of_an_interpolation_is_at_its_own_level(raw, folder, tmp_path):

@@ -13,7 +13,7 @@ import torch
 from s4audio import S4DVAE, CausalAutoencoder, ConvVAE, Flow, S4Model, load
 from s4audio.models import euler
 from s4audio.models import flow as flow_module
-from s4audio.models.flow import KNOWN_SHARE, LET_GO, WINDOWS
+from s4audio.models.flow import KNOWN_GUIDANCE, KNOWN_SHARE, LET_GO, WINDOWS
 from s4audio.models.samplers import flow_times, multistep
 from s4audio.tasks.optim import parameter_groups
 from tests.models.test_samplers import gaussian_velocity
@@ -179,6 +179,7 @@ def makes_threes(monkeypatch, model: Flow) -> list[torch.Tensor]:
 
 def test_a_longer_clip_is_made_window_after_window(monkeypatch):
     """All of the first, then parts of equal length, each told of what the windows before it made."""
+    monkeypatch.setattr(flow_module, "KNOWN_GUIDANCE", 1.0)  # one call for each
     model = flow().eval()
     model.trained_length.fill_(40)
     seen = makes_threes(monkeypatch, model)
@@ -202,6 +203,7 @@ def test_a_longer_clip_is_made_window_after_window(monkeypatch):
     ],
 )
 def test_the_windows_of_a_span_know_what_is_before_and_behind_it(span, known, monkeypatch):
+    monkeypatch.setattr(flow_module, "KNOWN_GUIDANCE", 1.0)
     model = flow().eval()
     model.trained_length.fill_(40)
     seen = makes_threes(monkeypatch, model)
@@ -320,6 +322,7 @@ def test_the_rest_of_a_clip_is_known_on_the_way(monkeypatch):
 
     From LET_GO on the rest moves as the network says; it is put back in the end.
     """
+    monkeypatch.setattr(flow_module, "KNOWN_GUIDANCE", 1.0)
     model = flow().eval()
     model.data_mean.fill_(0.2)
     seen = []
@@ -347,9 +350,21 @@ def test_every_clip_is_told_what_is_known_of_it_with_and_without_its_label(monke
         return known[:, :1] + 10 * known[:, 1:] + 100 * label.view(-1, 1, 1) + 0 * x
 
     wanted, label = told[:, :1] + 10 * told[:, 1:], torch.tensor([1, 0])
-    for guidance in (1.0, 3.0):
-        found = model._velocity(partial(flow_module._told, forward, told), label, guidance)(torch.zeros(2, 1, 96), 0.5)
-        torch.testing.assert_close(found, wanted + 100 * (2 + guidance * (label.view(-1, 1, 1) - 2)))  # 2 is no label
+    for guidance, heed in ((1.0, 1.0), (3.0, 1.0), (1.0, 2.5), (3.0, 2.5)):
+        network = partial(flow_module._told, forward, told, heed)
+        found = model._velocity(network, label, guidance)(torch.zeros(2, 1, 96), 0.5)
+        torch.testing.assert_close(found, heed * wanted + 100 * (2 + guidance * (label.view(-1, 1, 1) - 2)))  # 2 is no label
+
+
+def test_what_is_known_is_heeded_more_than_was_learned_where_there_is_any(monkeypatch):
+    model = flow().eval()
+    model.trained_length.fill_(40)
+    seen, told = [], flow_module._told
+    monkeypatch.setattr(flow_module, "_told", lambda *a: seen.append((a[2], bool(a[1].any()))) or told(*a))
+    model.sample(1, 50, num_steps=1)
+    model.inpaint(torch.zeros(1, 1, 40), 0, 40, num_steps=1)
+    model.inpaint(torch.zeros(1, 1, 40), 0, 39, num_steps=1)
+    assert seen == [(1.0, False), (KNOWN_GUIDANCE, True), (1.0, False), (KNOWN_GUIDANCE, True)]
 
 
 def test_a_share_of_the_clips_of_a_training_is_known_but_for_a_span():
@@ -573,7 +588,8 @@ def test_wrong_arguments_are_refused(arguments, message):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: m.sample(1, 8, label=torch.tensor([2])), r"label is \[2\]; wanted numbers below 2"),
+        (lambda m: m.sample(1, 8, label=torch.tensor([2])), r"label is \[2\]; wanted numbers from 0 to 1"),
+        (lambda m: m.sample(1, 8, label="b"), "label is 'b'; wanted a tensor of the numbers of classes"),
         (lambda m: m.sample(1, 8, label=torch.tensor([1]), guidance=-1.0), "guidance is -1.0"),
         (lambda m: m.sample(1, 8, num_steps=0), "num_steps is 0"),
         (lambda m: m.vary(torch.zeros(1, 1, 8), 1.5), r"the variation is 1.5; wanted 0"),
@@ -589,6 +605,8 @@ def test_wrong_requests_are_refused(call, message):
 
 
 def test_labels_without_classes_are_refused():
+    with pytest.raises(ValueError, match=r"label is \[0\], and the model has no classes"):
+        flow().eval().sample(1, 8, label=torch.tensor([0]))
     with pytest.raises(ValueError, match="there are labels, but the model has no classes"):
         flow().training_losses(torch.zeros(1, 1, 8), torch.tensor([0]))
 

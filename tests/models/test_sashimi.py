@@ -248,7 +248,7 @@ def test_arguments_outside_their_range_are_refused(arguments, message):
         ({"top_p": 1.5}, r"top_p 1.5 in \(0, 1\]"),
         ({"num_samples": 0}, "num_samples 0 must be at least 1"),
         ({"prefix": torch.zeros(2, 1, 5)}, "prefix has 2 clips and batch_size is 1"),
-        ({"label": torch.tensor([3])}, r"label is \[3\]; wanted numbers below 3"),
+        ({"label": torch.tensor([3])}, r"label is \[3\]; wanted numbers from 0 to 2"),
         ({"label": torch.tensor([1, 1])}, r"wants a label a clip, \(1,\); its shape is \(2,\)"),
         ({"generator": [seeded(), seeded()]}, "there are 2 generators for a batch of 1"),
     ],
