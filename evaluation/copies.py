@@ -33,7 +33,7 @@ def likest(clips: Tensor, train: Tensor, length: int) -> tuple[Tensor, Tensor]:
         train: (N, L), L at least `length`.
         length: samples that are correlated.
     """
-    size = 2 ** (train.shape[-1] - 1).bit_length()  # a correlation wraps around only where a window sticks out
+    size = 2 ** (train.shape[-1] - 1).bit_length()  # what wraps around are places where a window sticks out: left out
     norms = _norms(train, length)
     floor = QUIET * norms.median()
     windows = clips.unfold(-1, length, max(1, length // 2))
@@ -49,11 +49,8 @@ def likest(clips: Tensor, train: Tensor, length: int) -> tuple[Tensor, Tensor]:
                 value, place = found.abs().amax(-1).max(0)
                 if value > values[index]:
                     values[index], places[index] = value, first + place
-            print(
-                f"\r{first + AT_ONCE:,} of {len(train):,} training clips, {index + 1:,} of {len(clips):,} ",
-                end="",
-                file=sys.stderr,
-            )
+            done = min(first + AT_ONCE, len(train))
+            print(f"\r{done:,} of {len(train):,} training clips, {index + 1:,} of {len(clips):,} ", end="", file=sys.stderr)
     return values, places
 
 
