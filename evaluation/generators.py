@@ -44,6 +44,7 @@ HEADING = ("model", "FID", "FID∞", "KAD", "train's KAD", "told apart", "densit
 def cut(folder: str, out: Path, seconds: float, rate: int) -> int:
     """Writes the recordings of a folder as clips of one length, RECORDING_PART.wav; returns how many."""
     length, number = round(seconds * rate), 0
+    _empty(out)
     for recording, file in enumerate(find_audio(folder)):
         audio = normalize(read_audio(file, rate)[0], "peak")
         audio = F.pad(audio, (0, max(0, length - audio.shape[-1])))
@@ -52,6 +53,12 @@ def cut(folder: str, out: Path, seconds: float, rate: int) -> int:
                 write_audio(out / f"{recording:05d}_{part:03d}.wav", clip, rate)
                 number += 1
     return number
+
+
+def _empty(folder: Path) -> None:
+    """Removes clips of an earlier run, which would be scored with those of this one."""
+    for file in folder.glob("*.wav"):
+        file.unlink()
 
 
 class Listener(s4audio.Evaluator):
@@ -68,8 +75,9 @@ class Listener(s4audio.Evaluator):
 
 
 def code_of_models() -> str:
-    """SHA-256 of the code of all models and samplers."""
-    files = sorted(Path(s4audio.models.__file__).parent.glob("*.py"))
+    """SHA-256 of the code that makes clips."""
+    package = Path(s4audio.__file__).parent
+    files = sorted(file for part in ("layers", "models", "ssm") for file in (package / part).glob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
@@ -77,9 +85,13 @@ def code_of_models() -> str:
 def make(path: str, out: Path, number: int, seconds: float, device: str, batch_size: int) -> float:
     """Writes clips that a model makes of noise; returns how long one took, in seconds."""
     note, weights = out / "made.json", checkpoint.fingerprint(path)
-    by = {"sha256": weights, "code": code_of_models(), "clips": number, "seconds": seconds}
+    by = {
+        "sha256": weights, "code": code_of_models(), "clips": number, "seconds": seconds, "device": device,
+        "batch_size": batch_size,
+    }  # fmt: skip
     if note.exists() and by.items() <= (before := json.loads(note.read_text())).items():
         return before["seconds_a_clip"]
+    _empty(out)
     model: Any = s4audio.load(path, device)
     classes, length, took = len(getattr(model, "classes", ())), round(seconds * model.sample_rate), 0.0
     for first in range(0, number, batch_size):
@@ -90,7 +102,7 @@ def make(path: str, out: Path, number: int, seconds: float, device: str, batch_s
         clips = model.sample(len(seeds), length, label=label, generator=generators).cpu()
         took += time.perf_counter() - start
         for seed, clip in zip(seeds, clips, strict=True):
-            name = f"{model.classes[seed % classes]}_{seed:05d}" if classes else f"{seed:05d}"
+            name = f"{seed:05d}_{model.classes[seed % classes]}" if classes else f"{seed:05d}"
             write_audio(out / f"{name}.wav", clip, model.sample_rate)
     note.write_text(json.dumps({**by, "seconds_a_clip": took / number}))
     return took / number
@@ -105,12 +117,11 @@ def seams(path: str, test: Path, device: str, many: int = 16) -> dict[str, float
     clips = torch.stack([read_audio(file)[0] for file in find_audio(test)[:many]]).to(device)
     length = clips.shape[-1]
     third, generators = length // 3, [torch.Generator().manual_seed(seed) for seed in range(len(clips))]
-    label = torch.zeros(len(clips), dtype=torch.long, device=device) if getattr(model, "classes", ()) else None
     made: dict[str, tuple[torch.Tensor, tuple[int, ...]]] = {}
     if hasattr(model, "inpaint"):
-        made["inpaint"] = (model.inpaint(clips, third, 2 * third, generators, label=label), (third, 2 * third))
+        made["inpaint"] = (model.inpaint(clips, third, 2 * third, generators), (third, 2 * third))
     if hasattr(model, "continue_"):
-        more = model.continue_(clips[..., :third], length - third, label=label, generator=generators)
+        more = model.continue_(clips[..., :third], length - third, generator=generators)
         made["continue"] = (torch.cat([clips[..., :third], more], dim=-1), (third,))
     for name, (audio, borders) in made.items():
         steps = audio.diff(dim=-1).abs()[:, 0]
@@ -157,7 +168,7 @@ def drift(clips: Folder, scale: torch.Tensor) -> float | None:
     clips of one window.
 
     Args:
-        clips: named as by `cut`; those of one recording are not compared.
+        clips: named as by `cut`, or by `make`; those of one recording are not compared.
         scale: (d,) what the windows are divided by.
     """
     third = [max(1, len(clip.windows) // 3) for clip in clips.clips]

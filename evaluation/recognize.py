@@ -2,9 +2,10 @@
 
     python evaluation/recognize.py --train FOLDER --test FOLDER --generated FOLDER --json FILE
 
-Folders hold a subfolder for each class, or files whose names begin with the class and an underscore, as `generate --label`
-writes them. The classifier, an S4D model on the log-mel frames of a second at 8 kHz, is trained on --train alone, with clips
-that are moved, made louder or softer, and noisy; what it recognizes of --test stands beside what it does of --generated.
+Folders hold a subfolder for each class, or files whose names hold the class between underscores, as those that `generate
+--label` and `generators.py` write. The classifier, an S4D model on the log-mel frames of a second at 8 kHz, is trained on
+--train alone, with clips that are moved, made louder or softer, and noisy; what it recognizes of --test stands beside what
+it does of --generated.
 """
 
 import argparse
@@ -32,10 +33,11 @@ def label_of(file: Path, folder: Path, classes: list[str]) -> int:
         SystemExit: there is none.
     """
     inside = file.relative_to(folder)
-    name = inside.parts[0] if len(inside.parts) > 1 else file.stem.partition("_")[0]
-    if name not in classes:
-        raise SystemExit(f"{file} is of no class; known are {', '.join(classes)}.")
-    return classes.index(name)
+    names = inside.parts[:1] if len(inside.parts) > 1 else file.stem.split("_")
+    for name in names:
+        if name in classes:
+            return classes.index(name)
+    raise SystemExit(f"{file} is of no class; known are {', '.join(classes)}.")
 
 
 def read(folder: str, classes: list[str]) -> tuple[Tensor, Tensor]:

@@ -235,10 +235,18 @@ def write_audio(path: str | Path, audio: Tensor, sample_rate: int) -> int:
     Nothing is rescaled: what is beyond full scale is clipped, and counted. The file appears whole or not at all.
 
     Raises:
-        AudioError: a value is not finite, or the format is unknown.
+        AudioError: the audio is empty, or not of that shape or of floating-point numbers; a value is not finite; or the
+            format or the rate is unknown.
         OSError: the file cannot be written.
     """
     path = Path(path)
+    if audio.dim() != 2 or not audio.numel() or not audio.is_floating_point():
+        raise AudioError(
+            f"{path}: the audio is {audio.dtype} of shape {tuple(audio.shape)}; wanted floating-point numbers of shape "
+            "(channels, samples), with 1 for full scale."
+        )
+    if sample_rate < 1:
+        raise AudioError(f"{path}: the sample rate is {sample_rate}; wanted at least 1 Hz.")
     kind = path.suffix.lstrip(".").upper()
     if kind not in ("WAV", "FLAC"):
         raise AudioError(f"{path}: {path.suffix or 'no extension'} is not a format this can write; use .wav or .flac.")

@@ -337,7 +337,7 @@ def test_generators_are_scored_beside_what_training_clips_score(tmp_path):
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert (scores["train_clips"], scores["test_clips"]) == (8, 6)  # each shorter than a clip, and filled up
     assert sorted(file.name for file in (tmp_path / "out" / "flow").glob("*.wav")) == [
-        "high_00000.wav", "high_00002.wav", "high_00004.wav", "low_00001.wav", "low_00003.wav"
+        "00000_high.wav", "00001_low.wav", "00002_high.wav", "00003_low.wav", "00004_high.wav"
     ]  # fmt: skip
     made, rate = soundfile.read(tmp_path / "out" / "net" / "00003.wav")
     with torch.no_grad():
@@ -353,11 +353,17 @@ def test_generators_are_scored_beside_what_training_clips_score(tmp_path):
     assert 0 < seams["flow"]["continue_largest_step_against_elsewhere"] < 1
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("<audio") == 12 and "flow: 5 clips of 1.1 s" in told
-    clips = [tmp_path / "out" / "net" / "00003.wav", tmp_path / "out" / "flow" / "high_00002.wav"]
+    clips = [tmp_path / "out" / "net" / "00003.wav", tmp_path / "out" / "flow" / "00002_high.wav"]
     before = [(clip.read_bytes(), clip.stat().st_mtime_ns) for clip in clips]
     save(CausalAutoencoder(8000, **size, latent_channels=2), tmp_path / "net")  # with other weights
     run("generators.py", *common, *models, "--out", str(tmp_path / "out"), "--seconds", "1.1", "--clips", "5")
     assert clips[0].read_bytes() != before[0][0] and clips[1].stat().st_mtime_ns == before[1][1]
+    run("generators.py", *common, *models, "--out", str(tmp_path / "out"), "--seconds", "1.1", "--clips", "3")
+    assert [len(list((tmp_path / "out" / name).glob("*.wav"))) for name in ("net", "flow", "test")] == [
+        3,
+        3,
+        6,
+    ]  # none is old
     command = [sys.executable, "evaluation/generators.py", *common, "--model", f"judge={tmp_path / 'judge'}"]
     refused = subprocess.run([*command, "--out", str(tmp_path / "o")], cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 1 and "the judge is judge itself" in refused.stderr
@@ -478,7 +484,7 @@ def test_a_row_is_of_the_best_model_on_the_test_images_and_of_all_steps(tmp_path
 
 def test_a_step_at_a_border_is_found_beside_those_elsewhere(tmp_path, monkeypatch):
     class Jumps:
-        def inpaint(self, clips, start, stop, generators, label=None):
+        def inpaint(self, clips, start, stop, generators):
             made = clips.clone()
             made[..., start:stop] += 0.5
             return made

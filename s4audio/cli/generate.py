@@ -37,7 +37,7 @@ KEYWORDS = {  # of these methods -> the option that gives it
     "temperature": "--temperature",
     "top_p": "--top-p",
 }
-NUM_CLIPS, NUM_BETWEEN, SECONDS = 4, 5, 10.0
+NUM_CLIPS, NUM_BETWEEN, SECONDS, BATCH_SIZE = 4, 5, 10.0, 4
 
 Made = tuple[str, dict[str, Tensor]]  # the name of a clip, and what is shown of it by their titles; the last is the clip
 
@@ -72,14 +72,18 @@ def generate(arguments: list[str]) -> None:
     how.add_argument("--interpolate", nargs=2, metavar=("A", "B"), help="clips on the way from one recording to another")
     parser.add_argument("--normalize", choices=NORMALIZATIONS, help="level of the recordings; default: as in training")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same clips (default 0)")
-    parser.add_argument("--batch-size", type=int, default=4, help="clips from noise at a time (default 4)")
+    parser.add_argument("--batch-size", type=int, help="clips from noise at a time (default 4)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--out", default="generated", help="folder for the WAV and PNG files (default generated)")
     args = parser.parse_args(arguments)
     method, what = _asked_for(args)
+    args.batch_size = args.batch_size or BATCH_SIZE
     sources = [] if method == "sample" else [file for path in args.interpolate or [args.source] for file in find_audio(path)]
     model = load_generator(args.model, args.device)
     options = _options(model, method, args)
+    if method == "vary" and not what and options:
+        option = next(KEYWORDS[keyword] for keyword in options)
+        raise ValueError(f"{option} does nothing where a recording is only reconstructed; give --variation, too.")
     training = checkpoint.read_config(args.model)["training"]
     how_loud = args.normalize or training.get("normalize", "none")
     of_a_label = training.get("clip_seconds") if getattr(model, "classes", ()) else None
@@ -119,16 +123,22 @@ def _asked_for(args: argparse.Namespace) -> tuple[str, Any]:
     if not args.interpolate and not args.source:
         raise ValueError("--from is missing: noise, a recording, or a folder of them.")
     a_recording = args.source not in ("noise", None)
-    if (args.num is not None and a_recording) or (args.seconds is not None and args.source != "noise"):
-        raise ValueError("--num and --seconds are for --from noise; a recording gives one clip, as long as it is.")
-    for option, value, least in (
-        ("--num", args.num, 1),
-        ("--batch-size", args.batch_size, 1),
-        ("--seed", args.seed, 0),
-        ("--steps", args.num_steps, 1),
+    for option, value in (("--num", args.num), ("--seconds", args.seconds), ("--batch-size", args.batch_size)):
+        if value is not None and (a_recording or (args.interpolate and option != "--num")):
+            given = "two recordings give clips as long as they are" if args.interpolate else "a recording gives one clip"
+            raise ValueError(f"{option} is for --from noise; {given}.")
+    if args.normalize and args.source == "noise":
+        raise ValueError("--normalize is the level of recordings; with --from noise there is none.")
+    for option, value, least, most in (
+        ("--num", args.num, 2 if args.interpolate else 1, math.inf),
+        ("--batch-size", args.batch_size, 1, math.inf),
+        ("--seed", args.seed, 0, math.inf),
+        ("--steps", args.num_steps, 1, 1000),
+        ("--guidance", args.guidance, 0, 100),
     ):
-        if value is not None and value < least:
-            raise ValueError(f"{option} is {value}; wanted at least {least}.")
+        if value is not None and not least <= value <= most:
+            up_to = f" and at most {most}" if most < math.inf else ""
+            raise ValueError(f"{option} is {value}; wanted at least {least}{up_to}.")
     if args.seconds is not None and not 0 < args.seconds <= 3600:
         raise ValueError(f"--seconds is {args.seconds:g}; wanted a positive number, at most 3600.")
     if args.variation is not None and not 0 <= args.variation <= 1:
@@ -208,7 +218,7 @@ def _from_noise(model: Any, options: dict[str, Any], args: argparse.Namespace, s
     name = "noise"
     if "label" in options:  # a number is that of a class, which the files are named by
         label = model.classes[int(options["label"])]
-        name = re.sub(r"\W", "_", label)
+        name = _in_a_name(label)
         print(f"label:    {label}")
     for first in range(0, num, args.batch_size):
         indices = range(first, min(first + args.batch_size, num))
@@ -227,6 +237,12 @@ def _from_recordings(
     if method == "vary" and what:
         ending = f"variation_{what:g}"
     title = ending.replace("_", " ")
+    if method == "inpaint":  # another span is another clip, and so is another label
+        ending += f"_{what[0]:g}-{what[1]:g}"
+    if method == "continue_":
+        ending += f"_{what:g}"
+    if args.label:
+        ending += f"_{_in_a_name(args.label)}"
     if args.seed and (method != "vary" or what):  # another seed is another clip, beside the first
         ending += f"_seed_{args.seed}"
     names = [f"{name}_{ending}" for name in _distinct_names(files, Path(args.source))]
@@ -236,7 +252,9 @@ def _from_recordings(
     for index, (file, name) in enumerate(zip(files, names, strict=True)):
         generator = [noise_of(args.seed, index)]
         try:
-            audio, heard = _heard(file, model, how)
+            audio = _read(file, model)
+            if not audio.any() and (method != "vary" or what):
+                raise AudioError(f"{file} is silent, and there is nothing that the model could fit to; try --from noise.")
             told = _in_samples(method, what, audio, model.sample_rate, file)
         except AudioError as error:
             if len(files) == 1:
@@ -244,13 +262,18 @@ def _from_recordings(
             failures.append(str(error))
             print(f"skipped: {error}", file=sys.stderr)
             continue
+        known = audio.clone()
+        if method == "inpaint" and told != (0, audio.shape[-1]):
+            known[..., told[0] : told[1]] = 0  # what stood in the span has no say in how loud the rest is heard
+        gain = _gain(known, normalize(known, how))
+        heard = audio / gain
         given = heard.unsqueeze(0).to(args.device)
         estimate = getattr(model, method)(given, *told, generator=generator, **options)[0].cpu()
         if method == "continue_":
             estimate = torch.cat([heard, estimate], dim=-1)
         audio, heard = (F.pad(v, (0, estimate.shape[-1] - v.shape[-1])) for v in (audio, heard))
         # Back at the level of the recording; what the model has left alone is the recording, bit for bit.
-        estimate = torch.where(estimate == heard, audio, estimate * _gain(audio, heard))
+        estimate = torch.where(estimate == heard, audio, estimate * gain)
         yield name, {"input": audio, f"output, {title}": estimate}
     if len(failures) == len(files):
         raise AudioError(f"none of the {len(files)} recordings could be used.")
@@ -282,9 +305,10 @@ def _between(model: Any, options: dict[str, Any], args: argparse.Namespace, file
     if len(files) != 2:
         raise ValueError(f"--interpolate takes two recordings, and {' and '.join(args.interpolate)} are {len(files)}.")
     num = args.num or NUM_BETWEEN
-    names = [f"interpolation_{index:03d}" for index in range(num)]
+    names = [f"{files[0].stem}_to_{files[1].stem}_{index:03d}" for index in range(num)]
     _refuse_overwriting([Path(args.out, f"{name}.wav") for name in names], files)
-    audio, heard = zip(*(_heard(file, model, how) for file in files), strict=True)
+    audio = [_read(file, model) for file in files]
+    heard = [normalize(clip, how) for clip in audio]
     length = min(clip.shape[-1] for clip in heard)
     cut = (
         ""
@@ -301,8 +325,8 @@ def _between(model: Any, options: dict[str, Any], args: argparse.Namespace, file
         yield name, {title: clip * ((1 - share) * gains[0] + share * gains[1])}
 
 
-def _heard(file: Path, model: Any, how: str) -> tuple[Tensor, Tensor]:
-    """A recording (channels, T), and as the model hears it.
+def _read(file: Path, model: Any) -> Tensor:
+    """A recording (channels, T), at the model's rate.
 
     Raises:
         AudioError: it cannot be read, or has another number of channels.
@@ -310,7 +334,7 @@ def _heard(file: Path, model: Any, how: str) -> tuple[Tensor, Tensor]:
     audio, _ = read_audio(file, model.sample_rate, mono=model.channels == 1)
     if audio.shape[0] != model.channels:
         raise AudioError(f"{file} has {audio.shape[0]} channels; the model wants {model.channels}.")
-    return audio, normalize(audio, how)
+    return audio
 
 
 def _gain(audio: Tensor, heard: Tensor) -> Tensor:
@@ -360,6 +384,11 @@ def _write(out: Path, name: str, clips: dict[str, Tensor], sample_rate: int) -> 
     note = f" ({clipped} samples beyond full scale were clipped)" if clipped else ""
     print(f"{out / name}.wav and .png{', in place of older ones' if older else ''}{note}", flush=True)
     return audio.shape[-1] / sample_rate
+
+
+def _in_a_name(label: str) -> str:
+    """Of a file."""
+    return re.sub(r"\W", "_", label)
 
 
 def noise_of(seed: int, index: int) -> torch.Generator:

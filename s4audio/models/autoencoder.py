@@ -11,6 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -29,8 +30,11 @@ def noise(shape: Sequence[int], generator: Generators, draw: Callable[..., Tenso
     With one generator per clip, the noise of a clip depends on its own generator alone, not on its place in a batch.
 
     Raises:
-        ValueError: there are several generators, but not one per clip.
+        ValueError: it is no generator, or there are several, but not one per clip.
     """
+    several = generator if isinstance(generator, Sequence) else [generator]
+    if generator is not None and not all(isinstance(one, torch.Generator) for one in several):
+        raise ValueError(f"generator is {generator!r}; wanted torch.Generator().manual_seed(0), or a list, one per clip.")
     if isinstance(generator, Sequence):
         if len(generator) != shape[0]:
             raise ValueError(
@@ -89,8 +93,9 @@ class WaveformAutoencoder(nn.Module, ABC):
             generator: one, or one per clip.
 
         Raises:
-            ValueError: strength is outside [0, 1].
+            ValueError: strength is outside [0, 1], or the audio is not what is wanted.
         """
+        check_audio(audio, self.channels, next(self.parameters()).dtype)
         if not 0 <= strength <= 1:
             raise ValueError(f"the variation is {strength}; wanted 0 (reconstruction) to 1 (only noise).")
         latent = self.encode(audio)
@@ -178,6 +183,7 @@ class S4DAutoencoder(WaveformAutoencoder):
         self, batch_size: int, num_samples: int, *, label: Tensor | None = None, generator: Generators = None
     ) -> Tensor:
         """(B, channels, num_samples) from white noise in place of audio, as the original; never beyond full scale."""
+        check_counts(batch_size=batch_size, num_samples=num_samples)
         return within_full_scale(self(noise((batch_size, self.channels, num_samples), generator).to(self.outer.D)))
 
     def initial_state(self, batch_size: int) -> tuple:
@@ -308,6 +314,7 @@ class CausalAutoencoder(WaveformAutoencoder):
         self, batch_size: int, num_samples: int, *, label: Tensor | None = None, generator: Generators = None
     ) -> Tensor:
         """(B, channels, num_samples) from white noise with each latent channel's mean and size; never beyond full scale."""
+        check_counts(batch_size=batch_size, num_samples=num_samples)
         shape = (batch_size, self.latent_channels, -(-num_samples // self.hop_length))
         latent = noise(shape, generator).to(self.latent_mean) * self.latent_std + self.latent_mean
         return within_full_scale(self.decode(latent, num_samples))
@@ -434,10 +441,30 @@ def check_classes(classes: Sequence[str]) -> None:
         raise ValueError(f"classes is {classes!r}; wanted a list of names, each once.")
 
 
+def check_counts(**counts: int) -> None:
+    """Raises: ValueError, if one of them is not a whole number of at least 1."""
+    for name, value in counts.items():
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name} is {value!r}; wanted a whole number, at least 1.")
+
+
+def check_audio(audio: Tensor, channels: int, dtype: torch.dtype | None = None) -> None:
+    """Raises: ValueError, if it is no tensor (B, channels, T) of finite floating-point numbers, of a type, or is empty."""
+    if not isinstance(audio, Tensor) or not audio.is_floating_point() or audio.dtype != (dtype or audio.dtype):
+        kind = audio.dtype if isinstance(audio, Tensor) else type(audio).__name__
+        wanted = dtype or "floating-point numbers"
+        raise ValueError(f"the audio is {kind}; wanted a tensor of {wanted}, with 1 for full scale.")
+    if audio.dim() != 3 or audio.shape[1] != channels or not audio.numel():
+        raise ValueError(f"the audio has shape {tuple(audio.shape)}; wanted (clips, {channels}, samples), none of them 0.")
+    if not audio.isfinite().all():
+        raise ValueError("the audio holds samples that are not finite numbers.")
+
+
 def check_labels(label: Tensor, classes: Sequence[str]) -> None:
-    """Raises: ValueError, if it is no tensor, or one of the numbers is that of no class."""
-    if not isinstance(label, Tensor):
-        raise ValueError(f"label is {label!r}; wanted a tensor of the numbers of classes, one for each clip.")
+    """Raises: ValueError, if it is no row of whole numbers, or one of them is that of no class."""
+    if not isinstance(label, Tensor) or label.dim() != 1 or label.is_floating_point():
+        given = label.tolist() if isinstance(label, Tensor) else label
+        raise ValueError(f"label is {given!r}; wanted a tensor of the numbers of classes, one for each clip.")
     if not classes:
         raise ValueError(f"label is {label.tolist()}, and the model has no classes; leave it out.")
     if label.numel() and not 0 <= int(label.min()) <= int(label.max()) < len(classes):

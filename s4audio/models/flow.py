@@ -7,6 +7,7 @@ noise at t = 0 to t = 1 makes a clip. Data are the samples themselves, or the la
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from s4audio.models.autoencoder import (
     Generators,
     WaveformAutoencoder,
     blocks_of_stages,
+    check_audio,
     check_classes,
+    check_counts,
     check_labels,
     check_sample_rate,
     check_stages,
@@ -31,6 +34,7 @@ D_EMBEDDING = 128  # of the time and the label
 NUM_STEPS, GUIDANCE = 32, 2.0  # of sampling, unless told otherwise
 KNOWN_SHARE = 0.3  # of the clips of a training: those that are known but for a span
 KNOWN_GUIDANCE = 2.0  # as of a label: 1 follows what was learned of what is around a span, and is too faint
+HELD_OUT_TIMES = 8  # at which a clip is heard in a validation
 LET_GO = 0.9  # time from which what is around a span may move with it, which takes the seams away; 3 steps reach it
 FADE_SECONDS = 0.02  # in a span, from its borders
 WINDOWS = 32  # of a variation, at most, that go through the network at a time
@@ -100,7 +104,7 @@ class Flow(nn.Module):
         self.dt_min, self.dt_max = dt_min, dt_max
         self.autoencoder = None if autoencoder is None else autoencoder.eval().requires_grad_(False)
         self.frame = 1 if autoencoder is None else autoencoder.hop_length  # samples of a point of the data
-        self.hop_length = self.frame * math.prod(strides)  # and of the innermost stage
+        self.hop_length = self.frame * math.prod(strides)  # and of one of the innermost stage
         dims: int = channels if autoencoder is None else autoencoder.latent_channels
 
         def stage(index: int) -> nn.ModuleList:
@@ -145,7 +149,7 @@ class Flow(nn.Module):
             label = torch.full(time.shape, len(self.classes), device=time.device)
         embedding = F.gelu(self.embed_time(_waves(time)) + self.embed_label(label))  # (B, E)
         length = x.shape[-1]
-        padding = (0, -length % math.prod(self.strides))
+        padding = (0, -length % (self.hop_length // self.frame))
         u = self.enter(F.pad(x, padding))
         if known is not None:
             u = u + self.enter_known(F.pad(known, padding))
@@ -169,25 +173,28 @@ class Flow(nn.Module):
     def training_losses(self, audio: Tensor, label: Tensor | None = None) -> dict[str, Tensor]:
         """`flow`, the mean squared error of velocities at random times, 0 where data are known; also follows their size.
 
-        Validation knows nothing, and takes the same noise and times for every batch, so that it shows the model and not the
-        draw.
+        Validation knows nothing, and takes the same noise and times for every clip, so that it shows the model and neither
+        the draw nor the batch.
         """
         data = self._data(audio).to(self.data_mean.dtype)  # also where autocast computes the latent in half of it
-        free = torch.ones_like(data[:, :1])
-        if self.training:
-            self._follow(data)
-            time, drawn = torch.rand_like(data[:, 0, 0]), torch.randn_like(data)
-            free = _spans(data)
-            if label is not None:
-                withheld = torch.rand(label.shape, device=label.device) < self.label_dropout
-                label = torch.where(withheld, len(self.classes), label)
-        else:
-            time = (torch.arange(len(data)).to(data) + 0.5) / len(data)
-            drawn = noise(data.shape, torch.Generator().manual_seed(0)).to(data)
-        data = self._normalized(data)
+        if not self.training:
+            data, free = self._normalized(data), torch.ones_like(data[:, :1])
+            drawn = noise((1, *data.shape[1:]), torch.Generator().manual_seed(0)).to(data).expand_as(data)
+            times = ((k + 0.5) / HELD_OUT_TIMES for k in range(HELD_OUT_TIMES))
+            errors = [self._error(data, drawn, data.new_full((len(data),), t), label, free) for t in times]
+            return {"flow": torch.stack(errors).mean()}
+        self._follow(data)
+        time, drawn, free = torch.rand_like(data[:, 0, 0]), torch.randn_like(data), _spans(data)
+        if label is not None:
+            withheld = torch.rand(label.shape, device=label.device) < self.label_dropout
+            label = torch.where(withheld, len(self.classes), label)
+        return {"flow": self._error(self._normalized(data), drawn, time, label, free)}
+
+    def _error(self, data: Tensor, drawn: Tensor, time: Tensor, label: Tensor | None, free: Tensor) -> Tensor:
+        """The mean square of a velocity's error, over all points, so that a batch can be taken in parts."""
         x = torch.lerp(drawn, data, time.view(-1, 1, 1))
         error = self(x, time, label, _known(data, free)).to(x.dtype) - (data - drawn)
-        return {"flow": (free * error.square()).mean()}  # over all, so that a batch can be taken in parts
+        return (free * error.square()).mean()
 
     @torch.no_grad()
     def sample(
@@ -215,6 +222,7 @@ class Flow(nn.Module):
         Raises:
             ValueError: a label that does not exist, or an argument outside its range.
         """
+        check_counts(batch_size=batch_size, num_samples=num_samples)
         length = -(-num_samples // self.frame)
         nothing = self.data_mean.new_zeros(batch_size, len(self.data_mean), length)
         x = self._made(nothing, 0, length, generator, label, num_steps, guidance, solver)
@@ -234,14 +242,15 @@ class Flow(nn.Module):
         """The clips again, mixed with noise up to time 1 - strength and brought back.
 
         Args:
-            audio: (B, channels, T).
+            audio: (B, channels, T), as loud as those of the training: at a peak of 1, of the models that come along.
             strength: 0 gives the clips back (through the autoencoder, if there is one), 1 makes others.
             generator: one, or one per clip.
             label: as all of what follows, of `sample`; another label than the clip's own changes what it says.
 
         Raises:
-            ValueError: strength is outside [0, 1], or as `sample`.
+            ValueError: strength is outside [0, 1], the audio is not what is wanted, or as `sample`.
         """
+        self._check(audio)
         if not 0 <= strength <= 1:
             raise ValueError(f"the variation is {strength}; wanted 0 (the clip itself) to 1 (another clip).")
         velocity = self._velocity(self._through_windows, label, guidance)
@@ -273,16 +282,19 @@ class Flow(nn.Module):
         the audio is.
 
         Args:
-            audio: (B, channels, T).
+            audio: (B, channels, T), as loud as those of the training: at a peak of 1, of the models that come along.
             start: first sample of the span.
             stop: the sample after its last.
             generator: one, or one per clip.
             label: as all of what follows, of `sample`.
 
         Raises:
-            ValueError: the span is empty or not inside of the clips, or as `sample`.
+            ValueError: the span is empty or not inside of the clips, or as `vary`.
         """
+        self._check(audio)
         length = audio.shape[-1]
+        if not isinstance(start, Integral) or not isinstance(stop, Integral):
+            raise ValueError(f"the span is {start} to {stop}; wanted whole numbers, in samples.")
         if not 0 <= start < stop <= length:
             raise ValueError(f"the span is {start} to {stop}; wanted one inside of the {length} samples of the clip.")
         heard = -(-self._window(-(-length // self.frame)) * self.frame // self.hop_length) * self.hop_length
@@ -312,6 +324,8 @@ class Flow(nn.Module):
         guidance: float = GUIDANCE,
     ) -> Tensor:
         """(B, channels, num_samples) that follow on (B, channels, T), as `inpaint` makes them."""
+        self._check(audio)
+        check_counts(num_samples=num_samples)
         length, longer = audio.shape[-1], F.pad(audio, (0, num_samples))
         made = self.inpaint(
             longer, length, length + num_samples, generator, label=label, num_steps=num_steps, guidance=guidance
@@ -341,14 +355,21 @@ class Flow(nn.Module):
                 without guidance.
 
         Raises:
-            ValueError: the clips differ in shape, num is below 2, or as `sample`.
+            ValueError: the clips differ in shape, num is below 2, or as `vary`.
         """
+        check_counts(num=num)
         if first.shape != last.shape:
             raise ValueError(f"the clips are {tuple(first.shape)} and {tuple(last.shape)}; wanted two of one shape.")
         if num < 2:
             raise ValueError(f"num is {num}; wanted at least 2, the two ends.")
-        ends = self._normalized(self._data(torch.stack([first, last])))
-        label = None if label is None else label.expand(num)
+        both = torch.stack([first, last])
+        self._check(both)
+        ends = self._normalized(self._data(both))
+        if label is not None:
+            check_labels(label, self.classes)
+            if label.shape != (1,):
+                raise ValueError(f"label is {label.tolist()}; wanted one number, in a list, of all clips.")
+            label = label.expand(num)
         times = flow_times(num_steps)
         ours = partial(self._velocity, self._through_windows, guidance=1.0)
         a, b = self._solved(ours(None if label is None else label[:2]), ends, times[::-1], heun)
@@ -453,6 +474,9 @@ class Flow(nn.Module):
         """What the flow ends at, (B, D, L), before it is normalized."""
         return audio if self.autoencoder is None else self.autoencoder.encode(audio)
 
+    def _check(self, audio: Tensor) -> None:
+        check_audio(audio, self.channels, self.data_mean.dtype)
+
     def _deviation(self) -> Tensor:
         return (self.data_square - self.data_mean.square()).clamp_min(SMALLEST_DEVIATION**2).sqrt()
 
@@ -538,6 +562,8 @@ def _joined(audio: Tensor, made: Tensor, start: int, stop: int, fade: int) -> Te
     for border, distance in ((start - 1, places - start), (stop, stop - 1 - places)):
         if 0 <= border < audio.shape[-1]:
             share = (1 - distance / max(1, fade)).clamp(0, 1) * (distance >= 0)
+            if stop - start == 1 and start > 0 and stop < audio.shape[-1]:  # both borders are next to it
+                share = share / 2
             moved = moved + (audio - made)[..., border : border + 1] * share.to(audio.dtype)
     return moved
 

@@ -7,6 +7,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -83,8 +84,8 @@ def flow_times(num_steps: int, start: float = 0.0) -> list[float]:
         >>> [round(t, 2) for t in flow_times(4)]
         [0.0, 0.04, 0.62, 0.98, 1.0]
     """
-    if num_steps < 1:
-        raise ValueError(f"num_steps is {num_steps}; wanted at least 1, usually 4 to 50.")
+    if not isinstance(num_steps, Integral) or num_steps < 1:
+        raise ValueError(f"num_steps is {num_steps!r}; wanted a whole number, at least 1, usually 4 to 50.")
     lowest, highest = LOG_ODDS
     lowest = min(max(lowest, _log_odds(start)), highest)
     width = (highest - lowest) / max(1, num_steps - 1)

@@ -16,7 +16,15 @@ from torch.utils.checkpoint import checkpoint
 
 from s4audio.audio import check_quantization, dequantize, quantize
 from s4audio.layers import Chain, ChannelNorm, FeedForward, GatedBlock, Pooled
-from s4audio.models.autoencoder import Generators, check_classes, check_labels, check_sample_rate, noise
+from s4audio.models.autoencoder import (
+    Generators,
+    check_audio,
+    check_classes,
+    check_counts,
+    check_labels,
+    check_sample_rate,
+    noise,
+)
 from s4audio.models.classifier import LAYERS
 from s4audio.models.stepping import Stepper
 
@@ -170,6 +178,7 @@ class SaShiMi(nn.Module):
     @torch.no_grad()
     def log_likelihood(self, audio: Tensor, label: Tensor | None = None) -> Tensor:
         """(B, 1, T) -> (B,), the log2 of the probability of each clip's codes: bits, negative, summed over its samples."""
+        check_audio(audio, self.channels)
         return -self._bits(audio, label)
 
     @torch.no_grad()
@@ -203,10 +212,11 @@ class SaShiMi(nn.Module):
             RunawayError: the model runs away: its probabilities are no numbers, or for CHECKED samples it makes nothing but
                 full scale of one sign.
         """
-        if num_samples < 1 or not temperature > 0 or not 0 < top_p <= 1:
-            raise ValueError(
-                f"num_samples {num_samples} must be at least 1, temperature {temperature} above 0, top_p {top_p} in (0, 1]."
-            )
+        check_counts(batch_size=batch_size, num_samples=num_samples)
+        if not temperature > 0 or not 0 < top_p <= 1:
+            raise ValueError(f"temperature {temperature} must be above 0, and top_p {top_p} in (0, 1].")
+        if prefix is not None:
+            check_audio(prefix, self.channels)
         if prefix is not None and prefix.shape[0] != batch_size:
             raise ValueError(f"prefix has {prefix.shape[0]} clips and batch_size is {batch_size}; wanted one for each.")
         device = self.embedding.weight.device
@@ -257,6 +267,7 @@ class SaShiMi(nn.Module):
         top_p: float = 1.0,
     ) -> Tensor:
         """(B, 1, num_samples) that follow on (B, 1, T); arguments and errors are those of `generate`."""
+        check_audio(audio, self.channels)  # before its shape is read
         made = self.generate(
             audio.shape[0], num_samples, label=label, generator=generator, temperature=temperature, top_p=top_p, prefix=audio
         )

@@ -17,6 +17,7 @@ from s4audio.models.autoencoder import (
     CausalAutoencoder,
     Generators,
     WaveformAutoencoder,
+    check_counts,
     check_losses,
     check_sample_rate,
     check_stages,
@@ -63,6 +64,7 @@ class VariationalAutoencoder(WaveformAutoencoder):
         self, batch_size: int, num_samples: int, *, label: Tensor | None = None, generator: Generators = None
     ) -> Tensor:
         """(B, channels, num_samples) from a latent drawn from the prior; never beyond full scale."""
+        check_counts(batch_size=batch_size, num_samples=num_samples)
         shape = (batch_size, self.latent_channels, -(-num_samples // self.hop_length))
         return within_full_scale(self.decode(noise(shape, generator).to(next(self.parameters())), num_samples))
 

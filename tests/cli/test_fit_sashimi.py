@@ -48,7 +48,7 @@ def test_sashimi_trains_is_described_and_goes_on_with_a_recording(folder, tmp_pa
     given = ["generate", str(run / "best"), "--from", str(tmp_path / "tone.wav"), "--normalize", "none"]
     options = ["--temperature", "0.8", "--top-p", "0.9", "--seed", "3", "--out", str(tmp_path / "out")]
     assert main([*given, "--continue", "0.5", *options]) == 0
-    made = wav(tmp_path / "out" / "tone_continued_seed_3.wav")
+    made = wav(tmp_path / "out" / "tone_continued_0.5_seed_3.wav")
     assert len(made) == 400 and np.array_equal(made[:200], wav(tmp_path / "tone.wav"))
     model = load(run / "best")
     audio = read_audio(tmp_path / "tone.wav", RATE)[0].unsqueeze(0)

@@ -83,7 +83,7 @@ def test_a_span_is_made_anew_and_the_rest_is_the_recording(kind, request, folder
         (tmp_path / "in").mkdir(exist_ok=True)
         soundfile.write(tmp_path / "in" / f"{number}.wav", tone[: rate // 2 : 2], 4000)
     clips = made(path, tmp_path / "out", "--from", str(tmp_path / "in"), "--inpaint", "0.2:0.3", "--normalize", "peak")
-    assert list(clips) == ["0_inpainted", "1_inpainted"]
+    assert list(clips) == ["0_inpainted_0.2-0.3", "1_inpainted_0.2-0.3"]
     for number, clip in enumerate(clips.values()):
         given = wav(tmp_path / "in" / f"{number}.wav")
         assert np.array_equal(clip[:800], given[:800]) and np.array_equal(clip[1200:], given[1200:])
@@ -92,14 +92,36 @@ def test_a_span_is_made_anew_and_the_rest_is_the_recording(kind, request, folder
     assert len(longer) == 3000 and np.array_equal(longer[:2000], wav(tmp_path / "in" / "0.wav")) and longer[2000:].any()
 
 
+def test_what_stood_in_a_span_has_no_say(raw, folder, tmp_path):
+    """A click there does not make the rest sound fainter to the model, which hears recordings at a peak of full scale."""
+    tone, rate = soundfile.read(folder / "tone0.wav")
+    spans = []
+    for name, click in (("plain", 0.0), ("click", 0.9)):
+        audio = 0.02 * tone[: rate // 2 : 2]
+        audio[900:1100] += click
+        soundfile.write(tmp_path / f"{name}.wav", audio, 4000)
+        options = "--from", str(tmp_path / f"{name}.wav"), "--inpaint", "0.2:0.3", "--normalize", "peak"
+        (clip,) = made(raw, tmp_path / name, *options).values()
+        spans.append(clip[800:1200])
+    assert np.array_equal(*spans) and spans[0].any()
+
+
+def test_nothing_is_fitted_to_silence(raw, tmp_path, capsys):
+    soundfile.write(tmp_path / "silent.wav", np.zeros(2000), 4000)
+    for option in ("--inpaint=0.1:0.2", "--continue=0.1", "--variation=0.5"):
+        error = refused(capsys, "generate", str(raw), "--from", str(tmp_path / "silent.wav"), option, "--out", str(tmp_path))
+        assert "silent.wav is silent, and there is nothing that the model could fit to" in error
+
+
 def test_recordings_are_varied_with_another_label(raw, folder, tmp_path):
     source = "--from", str(folder / "tone3.wav")
-    (same,) = made(raw, tmp_path / "same", *source).values()
+    assert main(["generate", str(raw), *source, "--out", str(tmp_path)]) == 0
+    same = wav(tmp_path / "tone3_reconstructed.wav")
     original, _ = read_audio(folder / "tone3.wav", 4000)
     assert np.abs(same / 32768 - original[0].numpy()).max() < 1e-4
     plain, labelled = (
-        made(raw, tmp_path / name, *source, "--variation", "0.7", *options)["tone3_variation_0.7"]
-        for name, options in (("plain", ()), ("labelled", ("--label", "two")))
+        made(raw, tmp_path, *source, "--variation", "0.7", *options)[f"tone3_variation_0.7{name}"]
+        for name, options in (("", ()), ("_two", ("--label", "two")))
     )
     assert not np.array_equal(plain, same) and not np.array_equal(plain, labelled)
 
@@ -108,8 +130,8 @@ def test_an_interpolation_goes_from_one_recording_to_the_other(raw, folder, tmp_
     ends = str(folder / "tone0.wav"), str(folder / "tone3.wav")  # 2 s and 0.2 s
     clips = made(raw, tmp_path, "--interpolate", *ends, "--num", "3", "--steps", "50")
     assert "from tone0.wav to tone3.wav, 0.2 s of each, as the shorter" in capsys.readouterr().out
-    assert list(clips) == ["interpolation_000", "interpolation_001", "interpolation_002"]
-    for clip, path in zip((clips["interpolation_000"], clips["interpolation_002"]), ends, strict=True):
+    assert list(clips) == ["tone0_to_tone3_000", "tone0_to_tone3_001", "tone0_to_tone3_002"]
+    for clip, path in zip((clips["tone0_to_tone3_000"], clips["tone0_to_tone3_002"]), ends, strict=True):
         given = read_audio(path, 4000)[0][0, :800].numpy()
         assert len(clip) == 800 and np.abs(clip / 32768 - given).max() < 0.05 * np.abs(given).max()
     assert len(made(raw, tmp_path / "five", "--interpolate", *ends)) == 5
@@ -124,8 +146,11 @@ def test_an_interpolation_goes_from_one_recording_to_the_other(raw, folder, tmp_
         ("--from noise --temperature 0.9", "a Flow; it takes --label, --steps, --guidance."),
         ("--from noise --inpaint 1:2", "--inpaint and --continue need a recording"),
         ("--from noise --continue 1", "--inpaint and --continue need a recording"),
-        ("--from noise --steps 0", "--steps is 0; wanted at least 1"),
-        ("--from noise --label two --guidance -1", "guidance is -1.0"),
+        ("--from noise --steps 0", "--steps is 0; wanted at least 1 and at most 1000."),
+        ("--from noise --normalize none", "--normalize is the level of recordings; with --from noise there is none."),
+        ("--from TONE --batch-size 2", "--batch-size is for --from noise; a recording gives one clip."),
+        ("--from TONE --label two", "--label does nothing where a recording is only reconstructed; give --variation"),
+        ("--from noise --label two --guidance -1", "--guidance is -1.0; wanted at least 0 and at most 100."),
         ("--from noise --guidance 2", "--guidance says how closely to follow a label, and there is no --label."),
         ("--from TONE --inpaint 1-2", "--inpaint is 1-2; wanted START:STOP in seconds"),
         ("--from TONE --inpaint 2:1", "wanted a start of at least 0 and a later stop"),
@@ -137,8 +162,8 @@ def test_an_interpolation_goes_from_one_recording_to_the_other(raw, folder, tmp_
         ("--from TONE --continue 1 --variation 0.5", "not allowed with argument"),
         ("--from TONE --interpolate TONE TONE", "--interpolate names its two recordings itself"),
         ("--interpolate TONE FOLDER", "--interpolate takes two recordings"),
-        ("--interpolate TONE TONE --seconds 3", "--num and --seconds are for --from noise"),
-        ("--interpolate TONE TONE --num 1", "num is 1; wanted at least 2"),
+        ("--interpolate TONE TONE --seconds 3", "--seconds is for --from noise; two recordings give clips as long as"),
+        ("--interpolate TONE TONE --num 1", "--num is 1; wanted at least 2."),
         ("--interpolate TONE TONE --guidance 2", "--guidance does nothing for --interpolate"),
     ],
 )
@@ -164,8 +189,8 @@ def test_a_model_says_what_it_can_do_instead(model, latent, folder, tmp_path, ca
 
 
 def test_recordings_are_never_overwritten_by_an_interpolation(raw, folder, tmp_path, capsys):
-    (tmp_path / "interpolation_001.wav").write_bytes((folder / "tone3.wav").read_bytes())
-    ends = str(folder / "tone3.wav"), str(tmp_path / "interpolation_001.wav")
+    (tmp_path / "tone3_to_tone3_001.wav").symlink_to(folder / "tone3.wav")
+    ends = str(folder / "tone3.wav"), str(folder / "tone3.wav")
     error = refused(capsys, "generate", str(raw), "--interpolate", *ends, "--out", str(tmp_path))
     assert "would be overwritten" in error
 

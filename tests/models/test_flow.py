@@ -13,7 +13,7 @@ import torch
 from s4audio import S4DVAE, CausalAutoencoder, ConvVAE, Flow, S4Model, load
 from s4audio.models import euler
 from s4audio.models import flow as flow_module
-from s4audio.models.flow import KNOWN_GUIDANCE, KNOWN_SHARE, LET_GO, WINDOWS
+from s4audio.models.flow import HELD_OUT_TIMES, KNOWN_GUIDANCE, KNOWN_SHARE, LET_GO, WINDOWS
 from s4audio.models.samplers import flow_times, multistep
 from s4audio.tasks.optim import parameter_groups
 from tests.models.test_samplers import gaussian_velocity
@@ -41,6 +41,14 @@ def model(request) -> Flow:
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def hears_what_it_is_told(model: Flow) -> Flow:
+    """As after a training: of the time, the label, and what is known, whose weights begin with zeros."""
+    torch.nn.init.normal_(model.enter_known.weight, std=0.3)
+    for block in (module for module in model.modules() if hasattr(module, "modulation")):
+        torch.nn.init.normal_(block.modulation.weight, std=0.1)
+    return model
 
 
 def gaussian(monkeypatch, model: Flow, mean: float = 1.5, deviation: float = 0.4) -> None:
@@ -75,8 +83,8 @@ def test_the_loss_is_the_mean_squared_error_of_the_velocity(monkeypatch):
     """With the exact velocity of normal data the loss is the variance of data - noise given x_t, averaged over t."""
     model = flow().eval()
     gaussian(monkeypatch, model, 0.0, 0.5)
-    audio = 0.5 * torch.randn(64, 1, 2000)
-    t = (torch.arange(64) + 0.5) / 64  # of the clips of a validation
+    audio = 0.5 * torch.randn(64, 1, 20_000)
+    t = (torch.arange(HELD_OUT_TIMES) + 0.5) / HELD_OUT_TIMES
     wanted = (0.25 / ((1 - t) ** 2 + (0.5 * t) ** 2)).mean()
     assert model.training_losses(audio)["flow"] == pytest.approx(float(wanted), rel=0.02)
     t = torch.linspace(0, 1, 10_001)  # of a training, on the average, where 23 of 54 lie in a span, if there is one
@@ -90,6 +98,14 @@ def test_validation_does_not_depend_on_a_draw(model):
     assert model.training_losses(audio)["flow"] == model.training_losses(audio)["flow"]
     model.train()
     assert model.training_losses(audio)["flow"] != model.training_losses(audio)["flow"]
+
+
+def test_validation_does_not_depend_on_the_batch(model):
+    audio = torch.randn(4, 1, 60) * torch.tensor([0.1, 0.5, 1.0, 2.0]).view(-1, 1, 1)
+    label = torch.tensor([0, 0, 1, 1]) if model.classes else None
+    hears_what_it_is_told(model)
+    alone = [model.training_losses(audio[k : k + 1], None if label is None else label[k : k + 1])["flow"] for k in range(4)]
+    torch.testing.assert_close(model.training_losses(audio, label)["flow"], torch.stack(alone).mean())
 
 
 @pytest.mark.parametrize("name", ["raw", "latent"])
@@ -445,14 +461,15 @@ def test_what_is_made_is_moved_to_where_the_audio_is(name, monkeypatch):
     assert (made[460:540] == 0.5).all() and (made[:301] == 0).all() and (made[699:] == 0).all()
 
 
-@pytest.mark.parametrize("length", [2, 9, 100, 161])
+@pytest.mark.parametrize("length", [1, 2, 9, 100, 161])
 def test_the_borders_of_a_short_span_have_no_seam(length, monkeypatch):
     """From 0 on the left to 1 on the right of what would be 0.5 and shorter than both fades."""
     model = flow().eval()
     monkeypatch.setattr(model, "_audio", lambda x, num_samples: torch.full((1, 1, num_samples), 0.5))
     audio = (torch.arange(1000) >= 300 + length).float().view(1, 1, -1)
     made = model.inpaint(audio, 300, 300 + length, num_steps=1)[0, 0]
-    assert made[300] == pytest.approx(0, abs=1e-6) and made[299 + length] == pytest.approx(1, abs=1e-6)
+    ends = (0.5, 0.5) if length == 1 else (0, 1)
+    assert made[300] == pytest.approx(ends[0], abs=1e-6) and made[299 + length] == pytest.approx(ends[1], abs=1e-6)
     assert (made.diff() > -1e-6).all()
 
 
@@ -514,17 +531,11 @@ def test_a_hole_in_a_sine_is_filled_and_a_sine_goes_on_without_a_seam(trained):
         assert max(steps[:, border - 1].max() for border in borders) <= inside.max()
 
 
-def hears_what_is_known(model: Flow) -> Flow:
-    """As after a training."""
-    torch.nn.init.normal_(model.enter_known.weight, std=0.3)
-    return model
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["raw", "latent", "labelled"])
 def test_gpu_sampling_is_that_of_the_cpu(name):
     """Window after window, by a graph."""
-    model = hears_what_is_known(MODELS[name]().eval())
+    model = hears_what_it_is_told(MODELS[name]().eval())
     model.trained_length.fill_(300)
     label = torch.tensor([0, 1]) if name == "labelled" else None
     wanted = model.sample(2, 5000, generator=[seeded(1), seeded(2)], label=label)
@@ -546,7 +557,7 @@ def test_gpu_memory_does_not_grow_with_samples():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["raw", "latent"])
 def test_gpu_inpainting_is_that_of_the_cpu(name):
-    model, audio = hears_what_is_known(MODELS[name]().eval()), 0.1 * torch.randn(2, 1, 5000)
+    model, audio = hears_what_it_is_told(MODELS[name]().eval()), 0.1 * torch.randn(2, 1, 5000)
     wanted = model.inpaint(audio, 2000, 3000, [seeded(1), seeded(2)], num_steps=8)
     found = model.cuda().inpaint(audio.cuda(), 2000, 3000, [seeded(1), seeded(2)], num_steps=8)
     assert found.is_cuda and (found.cpu() - wanted).abs().max() < 1e-3
@@ -594,9 +605,35 @@ def test_wrong_arguments_are_refused(arguments, message):
         (lambda m: m.sample(1, 8, num_steps=0), "num_steps is 0"),
         (lambda m: m.vary(torch.zeros(1, 1, 8), 1.5), r"the variation is 1.5; wanted 0"),
         (lambda m: m.inpaint(torch.zeros(1, 1, 8), 3, 9), "the span is 3 to 9; wanted one inside of the 8 samples"),
-        (lambda m: m.continue_(torch.zeros(1, 1, 8), 0), "the span is 8 to 8"),
+        (lambda m: m.continue_(torch.zeros(1, 1, 8), 0), "num_samples is 0; wanted a whole number"),
+        (lambda m: m.inpaint(torch.zeros(1, 1, 8), 0.2, 0.5), "the span is 0.2 to 0.5; wanted whole numbers, in samples"),
+        (lambda m: m.inpaint(torch.zeros(1, 8), 3, 9), r"the audio has shape \(1, 8\); wanted \(clips, 1, samples\)"),
+        (
+            lambda m: m.inpaint(torch.zeros(1, 1, 8).short(), 3, 9),
+            "the audio is torch.int16; wanted a tensor of torch.float32",
+        ),
+        (
+            lambda m: m.vary(torch.zeros(1, 1, 8).double(), 0.5),
+            "the audio is torch.float64; wanted a tensor of torch.float32",
+        ),
+        (lambda m: m.vary(torch.zeros(1, 2, 8), 0.5), r"the audio has shape \(1, 2, 8\)"),
+        (lambda m: m.vary(torch.zeros(1, 1, 0), 0.5), r"the audio has shape \(1, 1, 0\)"),
+        (lambda m: m.vary([0.0], 0.5), "the audio is list"),
+        (lambda m: m.continue_(torch.full((1, 1, 8), math.nan), 4), "the audio holds samples that are not finite"),
+        (lambda m: m.interpolate(torch.zeros(1, 1, 8), torch.zeros(1, 1, 8), 3), r"the audio has shape \(2, 1, 1, 8\)"),
+        (lambda m: m.sample(1, 0), "num_samples is 0; wanted a whole number, at least 1"),
+        (lambda m: m.sample(1.5, 8), "batch_size is 1.5; wanted a whole number"),
+        (lambda m: m.sample(1, 8, num_steps=2.5), "num_steps is 2.5; wanted a whole number"),
+        (lambda m: m.sample(1, 8, label=torch.tensor(1)), "label is 1; wanted a tensor of the numbers of classes, one for"),
+        (lambda m: m.sample(1, 8, label=torch.tensor([0.5])), r"label is \[0.5\]; wanted a tensor of the numbers"),
+        (lambda m: m.sample(1, 8, generator=0), r"generator is 0; wanted torch.Generator\(\).manual_seed\(0\)"),
         (lambda m: m.interpolate(torch.zeros(1, 8), torch.zeros(1, 9), 3), "wanted two of one shape"),
         (lambda m: m.interpolate(torch.zeros(1, 8), torch.zeros(1, 8), 1), "num is 1; wanted at least 2"),
+        (lambda m: m.interpolate(torch.zeros(1, 8), torch.zeros(1, 8), 2, label="b"), "label is 'b'; wanted a tensor"),
+        (
+            lambda m: m.interpolate(torch.zeros(1, 8), torch.zeros(1, 8), 3, label=torch.tensor([0, 1])),
+            r"label is \[0, 1\]; wanted one number",
+        ),
     ],
 )
 def test_wrong_requests_are_refused(call, message):

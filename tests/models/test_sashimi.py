@@ -244,9 +244,10 @@ def test_arguments_outside_their_range_are_refused(arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"temperature": 0.0}, "temperature 0.0 above 0"),
+        ({"temperature": 0.0}, "temperature 0.0 must be above 0"),
         ({"top_p": 1.5}, r"top_p 1.5 in \(0, 1\]"),
-        ({"num_samples": 0}, "num_samples 0 must be at least 1"),
+        ({"num_samples": 0}, "num_samples is 0; wanted a whole number"),
+        ({"prefix": torch.zeros(1, 2, 5)}, r"the audio has shape \(1, 2, 5\); wanted \(clips, 1, samples\)"),
         ({"prefix": torch.zeros(2, 1, 5)}, "prefix has 2 clips and batch_size is 1"),
         ({"label": torch.tensor([3])}, r"label is \[3\]; wanted numbers from 0 to 2"),
         ({"label": torch.tensor([1, 1])}, r"wants a label a clip, \(1,\); its shape is \(2,\)"),
