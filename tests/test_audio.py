@@ -93,14 +93,14 @@ def test_a_failed_write_leaves_nothing(tmp_path):
         write_audio(tmp_path / "old.wav", torch.tensor([[0.0, float("nan")]]), 8000)
     with pytest.raises(AudioError, match=r"\.xyz is not a format"):
         write_audio(tmp_path / "a.xyz", torch.zeros(1, 10), 8000)
-    for audio, rate, message in (
+    for wrong, rate, message in (
         (torch.zeros(10), 8000, r"of shape \(10,\); wanted floating-point numbers of shape \(channels, samples\)"),
         (torch.zeros(1, 0), 8000, r"of shape \(1, 0\)"),
         (torch.zeros(1, 10).short(), 8000, "the audio is torch.int16"),
         (torch.zeros(1, 10), 0, "the sample rate is 0; wanted at least 1 Hz"),
     ):
         with pytest.raises(AudioError, match=message):
-            write_audio(tmp_path / "a.wav", audio, rate)
+            write_audio(tmp_path / "a.wav", wrong, rate)
     assert [p.name for p in tmp_path.iterdir()] == ["old.wav"]
     assert (tmp_path / "old.wav").read_bytes() == b"precious"
 

@@ -307,7 +307,7 @@ class Flow(nn.Module):
         places = torch.arange(length, device=audio.device)
         outside = (places < start) | (places >= stop)
         data = self._normalized(self._data(audio * outside))
-        beside = 0 if self.autoencoder is None else 1  # frames next to the span, of which the latent hears the hole
+        beside = 0 if self.autoencoder is None else 1  # frame next to the span, whose latent hears most of the hole
         ends = max(0, start // self.frame - beside), min(data.shape[-1], -(-stop // self.frame) + beside)
         x = self._made(data, *ends, generator, label, num_steps, guidance)
         fade = min(round(FADE_SECONDS * self.sample_rate), stop - start - 1)  # what one border moves stays off the other
