@@ -104,7 +104,7 @@ def test_few_times_and_late_ones_do_not_fall(num_steps, start):
 
 
 def test_no_steps_are_refused():
-    with pytest.raises(ValueError, match="num_steps is 0; wanted at least 1"):
+    with pytest.raises(ValueError, match="num_steps is 0; wanted a whole number, at least 1"):
         flow_times(0)
 
 
