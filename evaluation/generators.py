@@ -57,7 +57,7 @@ def cut(folder: str, out: Path, seconds: float, rate: int) -> int:
 
 def _empty(folder: Path) -> None:
     """Removes clips of an earlier run, which would be scored with those of this one."""
-    for file in folder.glob("*.wav"):
+    for file in folder.glob("[0-9][0-9][0-9][0-9][0-9]*.wav"):
         file.unlink()
 
 
@@ -219,6 +219,11 @@ def main() -> None:
     for name, folder in models.items():
         if judge == checkpoint.fingerprint(folder):
             raise SystemExit(f"the judge is {name} itself; train another with a seed of its own.")
+    for folder in (args.train, args.test):
+        if Path(folder).resolve().is_relative_to(args.out.resolve()):
+            raise SystemExit(
+                f"{folder} lies in --out {args.out}, where clips of an earlier run are removed; choose another."
+            )
     loaded: Any = s4audio.load(args.judge)
     rate, real = loaded.sample_rate, {split: args.out / split for split in ("train", "test")}
     number = {split: cut(getattr(args, split), folder, args.seconds, rate) for split, folder in real.items()}

@@ -367,6 +367,11 @@ def test_generators_are_scored_beside_what_training_clips_score(tmp_path):
     command = [sys.executable, "evaluation/generators.py", *common, "--model", f"judge={tmp_path / 'judge'}"]
     refused = subprocess.run([*command, "--out", str(tmp_path / "o")], cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 1 and "the judge is judge itself" in refused.stderr
+    (recording, *_) = (tmp_path / "train").rglob("*.wav")
+    recording.rename(recording := recording.with_name("00000_000.wav"))
+    command = [sys.executable, "evaluation/generators.py", *common, *models, "--out", str(tmp_path)]
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 1 and "where clips of an earlier run are removed" in refused.stderr and recording.exists()
 
 
 def test_words_are_recognized_by_a_classifier_of_recordings(tmp_path):
@@ -376,7 +381,8 @@ def test_words_are_recognized_by_a_classifier_of_recordings(tmp_path):
     made = tmp_path / "made"  # named by their class, of which half are wrong
     made.mkdir()
     for number, file in enumerate(sorted((tmp_path / "words").rglob("*.wav"))):
-        file.rename(made / f"{('high', 'low')[number % 2]}_0_{number:03d}.wav")
+        word = ("high", "low")[number % 2]  # as `generate` names them, and `generators.py`
+        file.rename(made / (f"{word}_0_{number:03d}.wav" if number < 4 else f"{number:05d}_{word}.wav"))
     common = ["--train", str(tmp_path / "train"), "--test", str(tmp_path / "test")]
     run("recognize.py", *common, "--generated", str(made), "--json", str(tmp_path / "found.json"))
     found = json.loads((tmp_path / "found.json").read_text())

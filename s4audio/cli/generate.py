@@ -387,7 +387,7 @@ def _write(out: Path, name: str, clips: dict[str, Tensor], sample_rate: int) -> 
 
 
 def _in_a_name(label: str) -> str:
-    """Of a file."""
+    """The label as it goes into the name of a file."""
     return re.sub(r"\W", "_", label)
 
 

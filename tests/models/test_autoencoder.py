@@ -93,6 +93,19 @@ def test_variation_keeps_the_latents_size():
     assert varied.mean() == pytest.approx(3, abs=0.02) and varied.std() == pytest.approx(2, abs=0.02)
 
 
+def test_audio_and_sizes_that_do_not_fit_are_refused(model):
+    for audio, message in (
+        (torch.zeros(8), r"the audio has shape \(8,\); wanted \(clips, 1, samples\)"),
+        (torch.zeros(1, 2, 8), r"the audio has shape \(1, 2, 8\)"),
+        (torch.zeros(1, 1, 8).double(), "the audio is torch.float64; wanted a tensor of torch.float32"),
+        (torch.full((1, 1, 8), float("inf")), "samples that are not finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.vary(audio, 0.5)
+    with pytest.raises(ValueError, match="num_samples is 0; wanted a whole number, at least 1"):
+        model.sample(1, 0)
+
+
 def test_training_follows_the_latents_statistics():
     model = causal().train()
     audio = torch.randn(4, 1, 600)

@@ -259,6 +259,11 @@ def test_what_cannot_be_generated_is_refused(arguments, message):
         model(classes=CLASSES).generate(**{"batch_size": 1, "num_samples": 5, **arguments})
 
 
+def test_no_audio_has_no_likelihood():
+    with pytest.raises(ValueError, match=r"the audio has shape \(1, 1, 0\)"):
+        model().log_likelihood(torch.zeros(1, 1, 0))
+
+
 def test_audio_and_labels_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"audio has shape \(1, 2, 30\); wanted \(batch, 1, samples\)"):
         model()(noise(1, 2, 30))

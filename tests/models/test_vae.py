@@ -61,6 +61,11 @@ def test_losses_reach_every_parameter(vae):
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all() and parameter.grad.any(), name
 
 
+def test_sizes_that_are_none_are_refused(vae):
+    with pytest.raises(ValueError, match="batch_size is 0; wanted a whole number, at least 1"):
+        vae().sample(0, 8)
+
+
 def test_kl_is_float32_in_mixed_precision(vae):
     with torch.autocast("cpu", torch.bfloat16):
         assert vae().training_losses(torch.randn(2, 1, 300))["kl"].dtype == torch.float32
