@@ -1,4 +1,4 @@
-"""Makes what `s4audio generate` makes with the pretrained models, by seed 0 to 7 and not by ear, and a page to listen to.
+"""Makes what `s4audio generate` makes with the pretrained models, by seed and not by ear, and a page to listen to.
 
 python samples/make_generated.py [--out FOLDER]
 """
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import s4audio
-from s4audio.audio import write_audio
+from s4audio.audio import normalize, read_audio, write_audio
 from s4audio.cli.generate import noise_of
 from s4audio.report import Clip, Section, write_page
 
@@ -30,6 +30,25 @@ def count(model: Any, seed: int) -> torch.Tensor:
 def play(model: Any, seed: int) -> torch.Tensor:
     """(1, 160000): ten seconds."""
     return model.sample(1, SECONDS * model.sample_rate, generator=[noise_of(seed, 0)])[0]
+
+
+def from_recordings(model: Any) -> dict[str, tuple[str, torch.Tensor]]:
+    """Names of files -> what they are, and the clips (1, T): of the first ten seconds of two recordings, by seed 0."""
+    rate, given, level = model.sample_rate, [], 0.7  # of what it is given at a peak of 1, lest what it makes be clipped
+    for name in ("fur_elise_piano", "spring_strings"):
+        audio, _ = read_audio(HERE / "valid" / f"{name}.flac", rate)
+        given.append(normalize(audio[:, : SECONDS * rate], "peak"))
+    clip, begun = given[0][None], given[0][None, :, : 5 * rate]
+    anew = model.inpaint(clip, 4 * rate, 11 * rate // 2, [noise_of(0, 0)])[0]
+    more = torch.cat([begun, model.continue_(begun, 5 * rate, generator=[noise_of(0, 0)])], dim=-1)[0]
+    made = {
+        "recording": ("the recording, fur_elise_piano.flac", given[0]),
+        "inpainted": ("4.0 to 5.5 s made anew: --inpaint 4.0:5.5", anew),
+        "continued": ("5 s, and 5 s more: --continue 5", more),
+        "varied": ("half noise: --variation 0.5", model.vary(clip, 0.5, [noise_of(0, 0)])[0]),
+        "between": ("half of the way to spring_strings.flac: --interpolate", model.interpolate(*given, 3)[1]),
+    }
+    return {name: (what, level * audio) for name, (what, audio) in made.items()}
 
 
 MADE = {  # of each pretrained model: its files' names, what makes a clip, and what that is
@@ -56,7 +75,13 @@ def main() -> None:
             clips.append(Clip(f"seed {seed}", audio, model.sample_rate))
             print(out / f"{stem}_{seed}.flac", flush=True)
         sections.append(Section(name, [text], clips))
-    lead = "From noise, in the steps that generate takes if it is told nothing; seeds 0 to 7, not chosen by ear."
+        if name == "classical-16k":
+            clips = []
+            for stem, (what, audio) in from_recordings(model).items():
+                write_audio(out / f"classical_{stem}.flac", audio, model.sample_rate)
+                clips.append(Clip(what, audio, model.sample_rate))
+            sections.append(Section(f"{name}, from a recording", ["Ten seconds of it; seed 0."], clips))
+    lead = "In the steps that generate takes if it is told nothing; seeds 0 to 7 of noise, none chosen by ear."
     write_page(out / "generated.html", "What the pretrained models make", lead, sections)
     print(out / "generated.html")
 
